@@ -1,0 +1,96 @@
+//! What runs user code: takes a batch of jobs, reports an outcome for each, in any order, from any thread.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::Notify;
+
+use crate::delivery::{Delivery, Failure};
+use crate::event::Event;
+
+/// One delivery, ready to run.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Names the job within its subscription; give it back with the outcome.
+    pub id: u64,
+    /// The event.
+    pub event: Event,
+    /// From 1.
+    pub attempt: u32,
+    /// Whether somebody took this delivery before.
+    pub redelivered: bool,
+    /// When this process took it.
+    pub received_at: SystemTime,
+}
+
+impl Job {
+    /// The job of a delivery that carries `event`.
+    pub fn new(id: u64, event: Event, delivery: &Delivery) -> Self {
+        let Delivery { attempt, redelivered, received_at, .. } = *delivery;
+        Self { id, event, attempt, redelivered, received_at }
+    }
+}
+
+/// What a handler said.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// It returned.
+    Done,
+    /// It failed; the policy decides.
+    Failed(Failure),
+    /// It asked for another attempt after this long.
+    RetryAfter(Duration, Failure),
+    /// It refused the event.
+    Rejected(Failure),
+    /// It was stopped before it ended, or never started; the attempt does not count.
+    Abandoned,
+}
+
+/// Why a running job is asked to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CancelReason {
+    /// It ran longer than its timeout; the dispatcher has already decided what becomes of it.
+    Timeout,
+    /// Another process has the delivery now.
+    LeaseLost,
+    /// The subscription is closing and its deadline passed.
+    Closing,
+}
+
+/// Runs jobs. Methods must return at once: they are called from the dispatcher's task.
+pub trait Handler: Send + Sync + 'static {
+    /// Starts the jobs. Each must be reported once through `reporter`, also after [`Handler::cancel`].
+    fn start(&self, jobs: Vec<Job>, reporter: &Reporter);
+
+    /// Asks running jobs to stop. Their later reports are ignored.
+    fn cancel(&self, jobs: &[u64], reason: CancelReason);
+}
+
+/// Where outcomes go. Cheap to clone; reports after the subscription ended are ignored.
+#[derive(Clone, Default)]
+pub struct Reporter(Arc<Reports>);
+
+#[derive(Default)]
+struct Reports {
+    outcomes: Mutex<Vec<(u64, Outcome)>>,
+    arrived: Notify,
+}
+
+impl Reporter {
+    /// Reports outcomes; one call for many is cheapest.
+    pub fn report(&self, outcomes: impl IntoIterator<Item = (u64, Outcome)>) {
+        self.0.outcomes.lock().unwrap_or_else(PoisonError::into_inner).extend(outcomes);
+        self.0.arrived.notify_one();
+    }
+
+    /// Waits until something was reported, then takes it all. Dropping the future loses nothing.
+    pub(crate) async fn next(&self) -> Vec<(u64, Outcome)> {
+        loop {
+            let outcomes = std::mem::take(&mut *self.0.outcomes.lock().unwrap_or_else(PoisonError::into_inner));
+            if !outcomes.is_empty() {
+                return outcomes;
+            }
+            self.0.arrived.notified().await;
+        }
+    }
+}

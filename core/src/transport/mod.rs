@@ -1,0 +1,283 @@
+//! What carries events: the traits that a backend implements, and the one place that names all backends.
+//!
+//! Walk: [`Transport::publish`] stores events; [`Transport::subscribe`] joins a durable group and returns a
+//! [`Source`]; [`Source::take`] leases deliveries to this process; [`Source::settle`] ends them. `memory` is the
+//! worked example; `docs/transports.md` says how to add one.
+
+pub mod memory;
+pub mod sqlite;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use crate::dead_letter::{DeadLetter, DeadLetterFilter};
+use crate::delivery::{Delivery, Lease, Verdict};
+use crate::error::{Error, Result, nearest};
+use crate::event::{Event, Text};
+use crate::pattern::Pattern;
+
+/// A boxed future that owns what it needs.
+pub type Task<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// What a backend can do. The API and the conformance suite obey it; the rest is `Unsupported`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Events survive the process.
+    pub durable: bool,
+    /// Processes on this machine share it.
+    pub cross_process: bool,
+    /// Groups, leases and settling; without it delivery is at most once.
+    pub ack: bool,
+    /// Retries are scheduled by the store and do not hold a worker.
+    pub delayed_retry: bool,
+    /// Publish with `delay` and `expires_in`.
+    pub delayed_publish: bool,
+    /// Dead letters can be listed and replayed.
+    pub dead_letters: bool,
+    /// A new group may start at the beginning of the log or at a time.
+    pub start_position: bool,
+    /// Subscriptions without a group, one copy for each process.
+    pub broadcast: bool,
+}
+
+/// What holds on the live store, as measured, not as hoped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guarantees {
+    /// `memory` or `sqlite`.
+    pub transport: &'static str,
+    /// `at-least-once` or `at-most-once`.
+    pub delivery: &'static str,
+    /// What a confirmed publish survives: `none` (this process), `process` (a killed process), `disk` (power loss).
+    pub durability: &'static str,
+    /// Order within one group: `publish` for first attempts.
+    pub ordering: &'static str,
+    /// What was looked at, for a person: version, file system, settings.
+    pub details: Vec<(&'static str, String)>,
+    /// Settings that weaken the promise, each with what to do.
+    pub warnings: Vec<String>,
+}
+
+/// An event to publish, with its schedule.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    /// The event.
+    pub event: Event,
+    /// Not delivered before this much time has passed, by the store's clock.
+    pub delay: Option<Duration>,
+    /// Not delivered after this much time has passed, counted from publish.
+    pub expires_in: Option<Duration>,
+}
+
+/// Says that an event was accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// The event's id.
+    pub id: Text,
+    /// Position in the transport's log; `None` while it is delayed.
+    pub position: Option<i64>,
+}
+
+/// Where a group that does not exist yet begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Start {
+    /// With events published after `subscribe` resolved.
+    #[default]
+    New,
+    /// With the oldest event kept.
+    Beginning,
+    /// With the first event published at this time or later.
+    At(SystemTime),
+}
+
+/// A subscription, as the transport sees it.
+#[derive(Debug, Clone)]
+pub struct GroupSpec {
+    /// Durable group; shared by all processes that name it.
+    pub group: Text,
+    /// Name of the subscription, kept with dead letters.
+    pub subscription: Text,
+    /// Service that subscribes.
+    pub service: Text,
+    /// Which events. The newest subscriber's pattern is the group's.
+    pub pattern: Pattern,
+    /// Used only when the group is new.
+    pub start: Start,
+    /// No group: every process gets every event from now on, nothing is settled, nothing outlives the process.
+    pub broadcast: bool,
+    /// How long a delivery stays ours without a heartbeat.
+    pub lease: Duration,
+}
+
+/// One group's numbers. Counted on the live store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GroupStats {
+    /// Published and not yet taken by anyone of the group.
+    pub lag: u64,
+    /// Leased.
+    pub in_flight: u64,
+    /// Waiting for their next attempt.
+    pub retrying: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Expired before a handler got them.
+    pub expired: u64,
+    /// Age of the oldest event that is not finished.
+    pub oldest: Option<Duration>,
+}
+
+/// What ends a lease.
+#[derive(Debug, Clone)]
+pub struct Settlement {
+    /// The right to do it.
+    pub lease: Lease,
+    /// What becomes of the delivery.
+    pub verdict: Verdict,
+}
+
+/// A backend. All methods may be called from any thread; none blocks the caller; all fail with `BusClosed` after
+/// [`Transport::close`].
+pub trait Transport: Send + Sync + 'static {
+    /// What this backend can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Looks at the live store.
+    fn guarantees(&self) -> Task<Result<Guarantees>>;
+
+    /// Stores the batch whole or not at all, in order. `timeout` bounds the wait: `PublishTimeout` says that nothing
+    /// was stored, `PublishUnknown` that it may have been.
+    fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>>;
+
+    /// Joins the group, making it at `spec.start` when it is new. Once this resolves every later publish is seen,
+    /// whoever makes it.
+    fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>>;
+
+    /// Counts on the live store. `NotFound` for a group that does not exist.
+    fn group_stats(&self, group: Text) -> Task<Result<GroupStats>>;
+
+    /// Forgets a group, what it had not finished and its dead letters. Resolves to whether it existed.
+    fn delete_group(&self, group: Text) -> Task<Result<bool>>;
+
+    /// Dead letters in order of their ids, those after the record `after`, at most `limit`.
+    fn dead_letters(&self, filter: DeadLetterFilter, after: Option<Text>, limit: usize)
+    -> Task<Result<Vec<DeadLetter>>>;
+
+    /// How many there are.
+    fn dead_count(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;
+
+    /// Hands them to their groups again, attempts from 1, and removes the records, atomically for each record.
+    fn dead_replay(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;
+
+    /// Removes them.
+    fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;
+
+    /// Flushes what was accepted, closes every source and releases the store. Idempotent.
+    fn close(&self) -> Task<()>;
+}
+
+/// One process's hold on a group. `take` is called by one task at a time; the rest from any thread.
+pub trait Source: Send + Sync + 'static {
+    /// Leases up to `max` deliveries (at least 1), waiting until there is one. Dropping the future loses nothing:
+    /// what it leased is handed back by [`Source::close`] or when the lease runs out.
+    fn take(&self, max: usize) -> Task<Result<Vec<Delivery>>>;
+
+    /// Ends leases, all in one step. Resolves to those that were no longer ours and so had no effect.
+    fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>>;
+
+    /// Keeps everything that this source holds for another lease. Resolves to those of `held` that were lost.
+    fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>>;
+
+    /// Hands back what is still held, without counting the attempt, and leaves the group. A pending `take` ends
+    /// with `BusClosed`. Idempotent.
+    fn close(&self) -> Task<()>;
+}
+
+/// Settings that transports share.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Buses inside one store do not see each other.
+    pub bus: Text,
+    /// `full`, `normal`, or what the transport thinks best.
+    pub durability: Durability,
+    /// How long an event stays in the log after every group finished it.
+    pub retention: Duration,
+    /// The user's own limit: events older than this are dropped even if a group has not finished them, and counted.
+    pub max_age: Option<Duration>,
+    /// The user's own limit on the number of events kept, likewise.
+    pub max_events: Option<u64>,
+    /// Largest payload accepted, in bytes, on publish and on consume.
+    pub max_payload_bytes: usize,
+    /// Open a file on a file system that is known to break locks.
+    pub allow_network_fs: bool,
+}
+
+/// What a confirmed publish survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// The transport's safest setting; a weaker store is warned about.
+    #[default]
+    Warn,
+    /// As `Warn`, but a store that cannot keep a confirmed event is refused.
+    Required,
+    /// As `Warn`, silently.
+    Off,
+    /// Every commit reaches the disk.
+    Full,
+    /// A commit survives the process; the last ones may be lost with the power.
+    Normal,
+}
+
+/// Schemes that [`connect`] knows.
+pub const SCHEMES: [&str; 2] = ["memory", "sqlite"];
+
+/// Checks `url` without opening anything.
+pub fn check_url(url: &str) -> Result<()> {
+    let (scheme, rest) = split(url)?;
+    match scheme {
+        "memory" => memory::check_name(rest),
+        _ => sqlite::path_of(rest).map(drop),
+    }
+}
+
+/// Opens the backend that `url` names.
+pub fn connect(url: &str, settings: Settings) -> Task<Result<Arc<dyn Transport>>> {
+    let url = url.to_owned();
+    Box::pin(async move {
+        match split(&url)? {
+            ("memory", name) => memory::open(name, &settings),
+            (_, rest) => sqlite::open(sqlite::path_of(rest)?, settings).await,
+        }
+    })
+}
+
+fn split(url: &str) -> Result<(&str, &str)> {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return Err(Error::invalid_config(format!(
+            "{:?} is not a bus URL; write one like sqlite:///events.db or memory://",
+            redact(url)
+        )));
+    };
+    if SCHEMES.contains(&scheme) {
+        return Ok((scheme, rest));
+    }
+    let hint = nearest(scheme, SCHEMES).map_or(String::new(), |near| format!("; did you mean {near}://?"));
+    Err(Error::invalid_config(format!(
+        "unknown URL scheme {scheme:?} in {:?}{hint} (known: {})",
+        redact(url),
+        SCHEMES.join(", ")
+    )))
+}
+
+/// The URL with its password replaced by `***`, for messages and logs.
+pub fn redact(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    match authority.rsplit_once('@') {
+        Some((user, host)) => {
+            let user = user.split_once(':').map_or(user.to_owned(), |(name, _)| format!("{name}:***"));
+            format!("{scheme}://{user}@{host}{path}")
+        }
+        None => url.to_owned(),
+    }
+}
