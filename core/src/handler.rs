@@ -94,3 +94,55 @@ impl Reporter {
         }
     }
 }
+
+/// A handler made of an async function: one tokio task for each job, aborted when it is cancelled; a panic is a
+/// failure. For services in Rust, and for tests.
+pub fn from_fn<F, R>(run: F) -> Arc<dyn Handler>
+where
+    F: Fn(Job) -> R + Send + Sync + 'static,
+    R: Future<Output = Outcome> + Send + 'static,
+{
+    Arc::new(FnHandler { run: Arc::new(run), running: Arc::default() })
+}
+
+struct FnHandler<F> {
+    run: Arc<F>,
+    running: Arc<Mutex<ahash::AHashMap<u64, tokio::task::AbortHandle>>>,
+}
+
+impl<F, R> Handler for FnHandler<F>
+where
+    F: Fn(Job) -> R + Send + Sync + 'static,
+    R: Future<Output = Outcome> + Send + 'static,
+{
+    fn start(&self, jobs: Vec<Job>, reporter: &Reporter) {
+        for job in jobs {
+            let (run, reporter, running, id) = (self.run.clone(), reporter.clone(), self.running.clone(), job.id);
+            // Held until the task is known, so that it cannot end before it is there to be removed.
+            let mut known = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let task = tokio::spawn(async move {
+                let outcome = tokio::spawn(async move { run(job).await });
+                let _stop = AbortOnDrop(outcome.abort_handle());
+                let outcome = outcome.await.unwrap_or_else(|cause| {
+                    Outcome::Failed(Failure::new("Panic", cause.to_string(), ""))
+                });
+                running.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+                reporter.report([(id, outcome)]);
+            });
+            known.insert(id, task.abort_handle());
+        }
+    }
+
+    fn cancel(&self, jobs: &[u64], _: CancelReason) {
+        let mut known = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.iter().filter_map(|job| known.remove(job)).for_each(|task| task.abort());
+    }
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,16 +1,34 @@
 //! The core of polybus: one event bus for Python and TypeScript services.
 //!
-//! An event walks one way through these modules, and each imports only those named before it.
+//! An event walks one way through these modules, and each imports only those named before it:
+//!
+//! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → bus → host`
+//!
+//! `clock`, `process`, `lease`, `options` and `testkit` serve them. The languages meet the core in [`host`].
 
+pub mod bus;
+pub mod clock;
+pub mod codec;
+pub mod dead_letter;
+pub mod delivery;
+mod dispatch;
 pub mod error;
 pub mod event;
-pub mod process;
-pub mod pattern;
-pub mod codec;
-pub mod retry;
-pub mod delivery;
-pub mod dead_letter;
-pub mod transport;
 pub mod handler;
+pub mod host;
+mod lease;
+pub mod options;
+pub mod pattern;
+pub mod process;
+pub mod retry;
+pub mod subscription;
+mod testkit;
+pub mod transport;
 
+pub use bus::Bus;
 pub use error::{Error, ErrorKind, Result};
+pub use event::{Event, EventType, Meta};
+pub use options::{BusOptions, SubscribeOptions};
+pub use pattern::Pattern;
+pub use retry::RetryPolicy;
+pub use subscription::Subscription;

@@ -1,52 +1,88 @@
-//! What belongs to one process **id**: the tokio runtime, and the name that owns leases.
+//! What belongs to one process **id**: the tokio runtime, the name that owns leases, and every other shared thing.
 //!
 //! Everything is made on first use and looked up by process id, so that a forked child (gunicorn `--preload`,
 //! `multiprocessing`, Celery prefork) gets its own. The parent's copy is leaked in the child, never dropped: its
-//! threads do not exist there, and joining them would hang.
+//! threads do not exist there, and joining them, or taking a lock that one of them held, would hang.
 
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::event::Text;
+use crate::lease::LeaseKeeper;
 
-/// The per-process context.
+/// A value made anew in each process id that asks for it.
+pub struct PerProcess<T>(AtomicPtr<(u32, T)>);
+
+impl<T> Default for PerProcess<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T> PerProcess<T> {
+    /// Holds nothing yet.
+    pub const fn new() -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    /// The value of the calling process, if it was made.
+    pub fn get(&self) -> Option<&T> {
+        // SAFETY: a non-null pointer comes from Box::into_raw in `get_or_init` and is freed only by `drop`, which
+        // has `&mut self`.
+        let (pid, value) = unsafe { self.0.load(Ordering::Acquire).as_ref() }?;
+        (*pid == std::process::id()).then_some(value)
+    }
+
+    /// The value of the calling process, made by `init` if this process id has none. A parent's value is leaked.
+    pub fn get_or_init(&self, init: impl FnOnce() -> T) -> &T {
+        if let Some(value) = self.get() {
+            return value;
+        }
+        let seen = self.0.load(Ordering::Acquire);
+        let made = Box::into_raw(Box::new((std::process::id(), init())));
+        match self.0.compare_exchange(seen, made, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: as in `get`; what we just stored, or what another thread of this process stored first.
+            Ok(_) => unsafe { &(*made).1 },
+            Err(winner) => {
+                // SAFETY: `made` was never shared.
+                drop(unsafe { Box::from_raw(made) });
+                // SAFETY: as in `get`.
+                unsafe { &(*winner).1 }
+            }
+        }
+    }
+}
+
+impl<T> Drop for PerProcess<T> {
+    fn drop(&mut self) {
+        if self.get().is_some() {
+            // SAFETY: `get` saw a live pointer of this process, and nobody else can use it: we have `&mut self`.
+            drop(unsafe { Box::from_raw(*self.0.get_mut()) });
+        }
+    }
+}
+
+/// The context of one process.
 pub struct Process {
-    pid: u32,
     /// `host-pid-random`: `instanceId` of the events made here, and the owner of leases.
     pub instance_id: Text,
     /// Runs dispatchers and timers; never user code of another language.
     pub runtime: tokio::runtime::Runtime,
+    /// Keeps this process's leases alive.
+    pub(crate) leases: LeaseKeeper,
 }
-
-static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
 
 /// The context of the calling process, made now if this process id has none.
 ///
 /// # Panics
 /// When the operating system refuses to start a thread.
 pub fn current() -> &'static Process {
-    let pid = std::process::id();
-    let seen = CURRENT.load(Ordering::Acquire);
-    // SAFETY: a non-null pointer comes from Box::into_raw below and is never freed.
-    if let Some(process) = unsafe { seen.as_ref() }
-        && process.pid == pid
-    {
-        return process;
-    }
-    let made = Box::into_raw(Box::new(Process::new(pid)));
-    match CURRENT.compare_exchange(seen, made, Ordering::AcqRel, Ordering::Acquire) {
-        // SAFETY: as above.
-        Ok(_) => unsafe { &*made },
-        Err(winner) => {
-            // SAFETY: `made` was never shared; dropping its runtime joins threads of this very process.
-            drop(unsafe { Box::from_raw(made) });
-            // SAFETY: as above; the winner was made by another thread of this process id.
-            unsafe { &*winner }
-        }
-    }
+    static CURRENT: PerProcess<Process> = PerProcess::new();
+    CURRENT.get_or_init(Process::new)
 }
 
 impl Process {
-    fn new(pid: u32) -> Self {
+    fn new() -> Self {
+        let pid = std::process::id();
         // fork copies the state of the random generator: without a new seed, parent and child would draw the same
         // lease tokens.
         fastrand::seed(std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), pid));
@@ -61,6 +97,8 @@ impl Process {
             .enable_time()
             .build()
             .expect("polybus: the operating system refused to start a thread");
-        Self { pid, instance_id: format!("{host}-{pid}-{:06x}", fastrand::u32(..) & 0xff_ffff).into(), runtime }
+        let leases = LeaseKeeper::new(runtime.handle().clone());
+        let instance_id = format!("{host}-{pid}-{:06x}", fastrand::u32(..) & 0xff_ffff).into();
+        Self { instance_id, runtime, leases }
     }
 }

@@ -172,6 +172,11 @@ pub trait Transport: Send + Sync + 'static {
     /// Removes them.
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;
 
+    /// Waits until nothing is left to do at this moment of the transport's clock. Only with a stopped clock.
+    fn idle(&self) -> Task<Result<()>> {
+        Box::pin(std::future::ready(Err(Error::unsupported("only a test bus can wait until it is idle"))))
+    }
+
     /// Flushes what was accepted, closes every source and releases the store. Idempotent.
     fn close(&self) -> Task<()>;
 }
@@ -194,7 +199,7 @@ pub trait Source: Send + Sync + 'static {
 }
 
 /// Settings that transports share.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Settings {
     /// Buses inside one store do not see each other.
     pub bus: Text,
@@ -208,6 +213,8 @@ pub struct Settings {
     pub max_events: Option<u64>,
     /// Largest payload accepted, in bytes, on publish and on consume.
     pub max_payload_bytes: usize,
+    /// Where time comes from; only the memory transport obeys a stopped clock.
+    pub clock: crate::clock::Clock,
     /// Open a file on a file system that is known to break locks.
     pub allow_network_fs: bool,
 }

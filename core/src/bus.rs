@@ -1,0 +1,453 @@
+//! The bus: options, a transport that is opened on first use, and the subscriptions of this process.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use tokio::sync::{OnceCell, watch};
+
+use crate::clock::Clock;
+use crate::codec;
+use crate::dead_letter::{DeadLetter, DeadLetterFilter};
+use crate::dispatch::{Dispatcher, Rules};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, EventType, Meta, Text};
+use crate::handler::Handler;
+use crate::options::{BusOptions, SubscribeOptions};
+use crate::pattern::Pattern;
+use crate::process::{self, PerProcess};
+use crate::subscription::{Counters, Facts, Subscription, Wish};
+use crate::testkit::{Faults, Published};
+use crate::transport::{self, Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Transport};
+
+/// An event bus. Cheap to clone; clones share everything. Opens nothing until it is used, and may be used in a forked
+/// child: the child connects anew and has no subscriptions until it makes its own.
+#[derive(Clone)]
+pub struct Bus(Arc<Inner>);
+
+struct Inner {
+    url: String,
+    options: BusOptions,
+    service: Text,
+    clock: Clock,
+    kit: Option<Kit>,
+    state: PerProcess<State>,
+}
+
+struct Kit {
+    faults: Arc<Faults>,
+    published: Published,
+}
+
+struct State {
+    /// Replaced by `start` after `close`.
+    session: Mutex<Arc<Session>>,
+    published: AtomicU64,
+    publish_failed: AtomicU64,
+}
+
+/// From start to close.
+#[derive(Default)]
+struct Session {
+    transport: OnceCell<Arc<dyn Transport>>,
+    subscriptions: Mutex<Vec<Subscription>>,
+    closed: watch::Sender<bool>,
+}
+
+/// What one subscription did and what its group has to do.
+#[derive(Clone)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct SubscriptionStats {
+    pub subscription: Subscription,
+    /// Counted on the live store; `None` for a broadcast, which has no group.
+    pub group: Option<GroupStats>,
+}
+
+impl Bus {
+    /// A bus over the store that `url` names. Opens nothing. `InvalidConfig` for a URL that can never work.
+    pub fn new(url: &str, options: BusOptions) -> Result<Self> {
+        transport::check_url(url)?;
+        let clock = if options.virtual_clock { Clock::stopped() } else { Clock::default() };
+        let kit = options.virtual_clock.then(|| Kit { faults: Arc::default(), published: Published::default() });
+        let service = options.service.as_str().into();
+        Ok(Self(Arc::new(Inner { url: url.to_owned(), options, service, clock, kit, state: PerProcess::new() })))
+    }
+
+    /// The URL without its password.
+    pub fn url(&self) -> String {
+        transport::redact(&self.0.url)
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &BusOptions {
+        &self.0.options
+    }
+
+    fn state(&self) -> &State {
+        self.0.state.get_or_init(|| State {
+            session: Mutex::default(),
+            published: AtomicU64::new(0),
+            publish_failed: AtomicU64::new(0),
+        })
+    }
+
+    fn session(&self) -> Arc<Session> {
+        lock(&self.state().session).clone()
+    }
+
+    /// Opens the transport. Needed after [`Bus::close`]; otherwise the first use does it.
+    pub async fn start(&self) -> Result<()> {
+        let session = {
+            let mut current = lock(&self.state().session);
+            if *current.closed.borrow() {
+                *current = Arc::default();
+            }
+            current.clone()
+        };
+        self.transport(&session).await.map(drop)
+    }
+
+    async fn transport(&self, session: &Session) -> Result<Arc<dyn Transport>> {
+        if *session.closed.borrow() {
+            return Err(closed());
+        }
+        if let Some(transport) = session.transport.get() {
+            return Ok(transport.clone());
+        }
+        let settings = self.0.options.settings(self.0.clock.clone());
+        let opened = session.transport.get_or_try_init(|| transport::connect(&self.0.url, settings)).await;
+        opened.cloned().map_err(|error| error.during("connect"))
+    }
+
+    async fn open(&self) -> Result<Arc<dyn Transport>> {
+        self.transport(&self.session()).await
+    }
+
+    /// What the transport can do.
+    pub async fn capabilities(&self) -> Result<Capabilities> {
+        Ok(self.open().await?.capabilities())
+    }
+
+    /// What holds on the live store.
+    pub async fn guarantees(&self) -> Result<Guarantees> {
+        self.open().await?.guarantees().await
+    }
+
+    /// Stores the events in order, whole or not at all, and returns when they are as safe as the transport makes
+    /// them. Fills in source and instance where the events have none.
+    ///
+    /// `BusClosed`, `PublishTimeout` (nothing stored), `PublishUnknown` (perhaps stored), `ConnectionFailed`,
+    /// `BufferFull`, `PayloadTooLarge`. With `fail_open`, failures of the transport are logged and counted instead.
+    pub async fn publish(&self, mut batch: Vec<Outgoing>) -> Result<Vec<Receipt>> {
+        if *self.session().closed.borrow() {
+            return Err(closed());
+        }
+        let limit = self.0.options.max_payload_bytes;
+        let failures: Vec<_> = batch.iter_mut().enumerate().filter_map(|(i, o)| Some((i, self.stamp(o, limit).err()?))).collect();
+        if let Some((index, first)) = failures.first() {
+            let kind = first.kind();
+            let message = format!("event {index} of {}: {}; nothing was published", batch.len(), first.message());
+            return Err(Error::new(kind, message).during("publish").listing(failures));
+        }
+        self.duplicate(&mut batch);
+        let events: Vec<Event> = match &self.0.kit {
+            Some(_) => batch.iter().map(|outgoing| outgoing.event.clone()).collect(),
+            None => Vec::new(),
+        };
+        let ids: Vec<Text> = match self.0.options.fail_open {
+            true => batch.iter().map(|outgoing| outgoing.event.meta.id.clone()).collect(),
+            false => Vec::new(),
+        };
+        let count = batch.len() as u64;
+        let published = async { self.open().await?.publish(batch, self.0.options.publish_timeout).await };
+        match published.await {
+            Ok(receipts) => {
+                self.state().published.fetch_add(count, Ordering::Relaxed);
+                if let Some(kit) = &self.0.kit {
+                    kit.published.add(events);
+                }
+                Ok(receipts)
+            }
+            Err(error) => {
+                self.state().publish_failed.fetch_add(count, Ordering::Relaxed);
+                if !self.0.options.fail_open || error.kind() == ErrorKind::BusClosed {
+                    return Err(error.during("publish"));
+                }
+                log::error!("{count} events were not published, fail_open is set: {error}");
+                Ok(ids.into_iter().map(|id| Receipt { id, position: None }).collect())
+            }
+        }
+    }
+
+    fn stamp(&self, outgoing: &mut Outgoing, limit: usize) -> Result<()> {
+        if outgoing.event.payload.len() > limit {
+            codec::check_payload(&outgoing.event.payload, limit)?;
+        }
+        let meta = &outgoing.event.meta;
+        if meta.source.is_none() || meta.instance_id.is_none() {
+            outgoing.event = outgoing.event.with_meta(|meta| {
+                meta.source.get_or_insert_with(|| self.0.service.clone());
+                meta.instance_id.get_or_insert_with(|| process::current().instance_id.clone());
+            });
+        }
+        Ok(())
+    }
+
+    fn duplicate(&self, batch: &mut Vec<Outgoing>) {
+        if let Some(kit) = &self.0.kit {
+            let twice: Vec<_> = batch.iter().filter(|o| kit.faults.take_duplicate(&o.event)).cloned().collect();
+            batch.extend(twice);
+        }
+    }
+
+    /// Joins a group and hands its events to `handler`. Once this resolves every later publish is seen.
+    ///
+    /// `InvalidPattern`, `DuplicateSubscription` for a name that is in use on this bus, `ConnectionFailed`.
+    pub async fn subscribe(
+        &self,
+        pattern: &str,
+        handler: Arc<dyn Handler>,
+        options: SubscribeOptions,
+    ) -> Result<Subscription> {
+        let pattern = Pattern::new(pattern)?;
+        let bus = &self.0.options;
+        let name: Text = options.name.as_str().into();
+        let group: Text = options.group.unwrap_or_else(|| format!("{}/{name}", bus.service)).into();
+        let session = self.session();
+        let (wish, wishes) = watch::channel(Wish::Run);
+        let (ended_tx, ended) = watch::channel(false);
+        let counters = Arc::new(Counters::default());
+        let facts = Facts {
+            name: name.clone(),
+            group: group.clone(),
+            pattern: pattern.as_str().into(),
+            counters: counters.clone(),
+            broadcast: options.broadcast,
+        };
+        let subscription = Subscription { facts: Arc::new(facts), wish, ended };
+        {
+            let mut known = lock(&session.subscriptions);
+            known.retain(|other| !other.is_ended());
+            if known.iter().any(|other| *other.name() == name) {
+                return Err(Error::new(
+                    ErrorKind::DuplicateSubscription,
+                    format!("this bus has a subscription named {name:?}; pass another name="),
+                ));
+            }
+            known.push(subscription.clone());
+        }
+        let spec = GroupSpec {
+            group: group.clone(),
+            subscription: name.clone(),
+            service: self.0.service.clone(),
+            pattern,
+            start: options.start,
+            broadcast: options.broadcast,
+            lease: bus.lease,
+        };
+        // Dropped on failure or cancellation: that ends the subscription and frees its name.
+        let ending = EndGuard(ended_tx);
+        let source = async { self.transport(&session).await?.subscribe(spec).await };
+        let source = source.await.map_err(|error| error.during("subscribe"))?;
+        if !options.broadcast {
+            process::current().leases.keep(&source, bus.lease);
+        }
+        let concurrency = options.concurrency.unwrap_or(bus.worker_count).min(bus.buffer_size);
+        let dispatcher = Dispatcher {
+            source,
+            handler,
+            rules: Rules {
+                label: format!("{group} ({})", subscription.pattern()),
+                concurrency,
+                prefetch: options.prefetch.min(bus.buffer_size - concurrency),
+                retry: options.retry.unwrap_or_else(|| bus.retry.clone()),
+                timeout: options.timeout,
+                dead_letter: !options.drop_dead,
+                broadcast: options.broadcast,
+                lease: bus.lease,
+            },
+            clock: self.0.clock.clone(),
+            faults: self.0.kit.as_ref().map(|kit| kit.faults.clone()),
+            counters,
+            wish: wishes,
+        };
+        process::current().runtime.spawn(async move {
+            dispatcher.run().await;
+            drop(ending);
+        });
+        Ok(subscription)
+    }
+
+    /// The subscriptions that run on this bus in this process, in order of subscription.
+    pub fn subscriptions(&self) -> Vec<Subscription> {
+        let session = self.session();
+        let known = lock(&session.subscriptions);
+        known.iter().filter(|subscription| !subscription.is_ended()).cloned().collect()
+    }
+
+    /// Forgets a durable group, what it had not finished and its dead letters.
+    pub async fn delete_group(&self, group: &str) -> Result<bool> {
+        self.open().await?.delete_group(group.into()).await
+    }
+
+    /// Each subscription's numbers.
+    pub async fn stats(&self) -> Result<Vec<SubscriptionStats>> {
+        let transport = self.open().await?;
+        let mut stats = Vec::new();
+        for subscription in self.subscriptions() {
+            let group = match subscription.facts.broadcast {
+                true => None,
+                false => Some(transport.group_stats(subscription.group().clone()).await?),
+            };
+            stats.push(SubscriptionStats { subscription, group });
+        }
+        Ok(stats)
+    }
+
+    /// One subscription's group, counted on the live store.
+    pub async fn group_stats(&self, group: &str) -> Result<GroupStats> {
+        self.open().await?.group_stats(group.into()).await
+    }
+
+    /// Published and failed to publish, in this process.
+    pub fn publish_counts(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.published.load(Ordering::Relaxed), state.publish_failed.load(Ordering::Relaxed))
+    }
+
+    /// Dead letters in order of their ids, those after the record `after`, at most `limit`.
+    pub async fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: Option<Text>,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        self.open().await?.dead_letters(filter, after, limit).await
+    }
+
+    /// How many there are.
+    pub async fn dead_count(&self, filter: DeadLetterFilter) -> Result<u64> {
+        self.open().await?.dead_count(filter).await
+    }
+
+    /// Hands them to their groups again: same event id, attempts from 1, once. `NotFound` for an unknown id.
+    pub async fn dead_replay(&self, filter: DeadLetterFilter) -> Result<u64> {
+        let id = filter.id.clone();
+        found(id, self.open().await?.dead_replay(filter).await?)
+    }
+
+    /// Removes them. `NotFound` for an unknown id.
+    pub async fn dead_purge(&self, filter: DeadLetterFilter) -> Result<u64> {
+        let id = filter.id.clone();
+        found(id, self.open().await?.dead_purge(filter).await?)
+    }
+
+    /// Stops intake, lets running handlers end for up to `timeout`, cancels the rest, hands their leases back
+    /// without counting the attempt, and closes the transport. Idempotent; a second call may shorten the wait.
+    /// Afterwards everything fails with `BusClosed` until [`Bus::start`].
+    pub async fn close(&self, timeout: Duration) {
+        let session = self.session();
+        session.closed.send_replace(true);
+        let subscriptions = lock(&session.subscriptions).clone();
+        futures_util::future::join_all(subscriptions.iter().map(|subscription| subscription.drain(timeout))).await;
+        if let Some(transport) = session.transport.get() {
+            transport.close().await;
+        }
+    }
+
+    /// Whether [`Bus::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        *self.session().closed.borrow()
+    }
+}
+
+/// Test kit: these need a bus with `virtual_clock`, else `Unsupported`.
+impl Bus {
+    fn kit(&self) -> Result<&Kit> {
+        self.0.kit.as_ref().ok_or_else(|| Error::unsupported("only a test bus can do this; make one with TestBus()"))
+    }
+
+    /// What this bus published, in order.
+    pub fn published(&self, pattern: &str) -> Result<Vec<Event>> {
+        Ok(self.kit()?.published.matching(&Pattern::new(pattern)?))
+    }
+
+    /// The first matching event, published before or after the call.
+    pub async fn wait_for(&self, pattern: &str) -> Result<Event> {
+        Ok(self.kit()?.published.first(&Pattern::new(pattern)?).await)
+    }
+
+    /// The next `times` attempts to handle a matching event fail before the handler sees it.
+    pub fn fail_next(&self, pattern: &str, times: u32) -> Result<()> {
+        self.kit()?.faults.fail_next(Pattern::new(pattern)?, times.max(1));
+        Ok(())
+    }
+
+    /// The next `times` matching events are published twice.
+    pub fn duplicate_next(&self, pattern: &str, times: u32) -> Result<()> {
+        self.kit()?.faults.duplicate_next(Pattern::new(pattern)?, times.max(1));
+        Ok(())
+    }
+
+    /// Moves time: retries, delays, expiries and handler deadlines that fall due happen now.
+    pub fn advance(&self, by: Duration) -> Result<()> {
+        self.kit().map(|_| self.0.clock.advance(by))
+    }
+
+    /// Waits until nothing is left to do at this moment of the bus's time.
+    pub async fn idle(&self) -> Result<()> {
+        self.kit()?;
+        self.open().await?.idle().await
+    }
+}
+
+/// Reports the end of a subscription when it is dropped.
+struct EndGuard(watch::Sender<bool>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
+fn closed() -> Error {
+    Error::bus_closed("the bus is closed; call start() to open it again")
+}
+
+fn found(id: Option<Text>, count: u64) -> Result<u64> {
+    match id {
+        Some(id) if count == 0 => Err(Error::not_found(format!(
+            "there is no dead letter {id:?}; it was replayed or purged before, or its group is gone"
+        ))),
+        _ => Ok(count),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A new event: type and payload checked, `meta` (a JSON object with the wire's member names) applied over fresh facts.
+pub fn new_event(event_type: &str, payload: Bytes, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
+    let event_type = EventType::new(event_type)?;
+    codec::check_payload(&payload, limit)?;
+    let base = Meta::new(SystemTime::now());
+    let meta = match meta {
+        None => base,
+        Some(json) => codec::apply_meta(base, json)?,
+    };
+    Ok(Event::new(event_type, payload, meta))
+}
+
+/// A child of `parent`: as [`new_event`], in the parent's chain.
+pub fn child_event(parent: &Event, event_type: &str, payload: Bytes, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
+    let event_type = EventType::new(event_type)?;
+    codec::check_payload(&payload, limit)?;
+    let base = parent.child_meta(SystemTime::now());
+    let meta = match meta {
+        None => base,
+        Some(json) => codec::apply_meta(base, json)?,
+    };
+    Ok(Event::new(event_type, payload, meta))
+}

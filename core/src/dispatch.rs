@@ -1,0 +1,379 @@
+//! The life of a delivery: take → permit → handler with deadline → policy → settle.
+//!
+//! One task for each subscription owns all of its state; the handler reports from anywhere. This is the only place
+//! that makes a verdict.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ahash::AHashMap;
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease, Verdict};
+use crate::error::{ErrorKind, Result};
+use crate::event::Event;
+use crate::handler::{CancelReason, Handler, Job, Outcome, Reporter};
+use crate::retry::{Jitter, RetryPolicy};
+use crate::subscription::{Counters, Wish};
+use crate::testkit::Faults;
+use crate::transport::{Settlement, Source, Task};
+
+/// A delivery whose process died is tried at least this often, however few retries the policy allows, before it is
+/// taken for poison.
+const POISON_ATTEMPTS: u32 = 3;
+
+/// Back-off of the loop itself when the transport fails.
+const RECONNECT: RetryPolicy = RetryPolicy {
+    max_retries: u32::MAX,
+    initial_delay: Duration::from_millis(100),
+    max_delay: Duration::from_secs(5),
+    factor: 2.0,
+    jitter: Jitter::Full,
+};
+
+/// What decides about deliveries. Plain data.
+#[derive(Clone)]
+pub(crate) struct Rules {
+    pub label: String,
+    pub concurrency: usize,
+    pub prefetch: usize,
+    pub retry: RetryPolicy,
+    pub timeout: Option<Duration>,
+    /// Keep what cannot be handled; otherwise it is logged, counted and dropped.
+    pub dead_letter: bool,
+    /// Nothing is settled, so nothing is retried.
+    pub broadcast: bool,
+    pub lease: Duration,
+}
+
+pub(crate) struct Dispatcher {
+    pub source: Arc<dyn Source>,
+    pub handler: Arc<dyn Handler>,
+    pub rules: Rules,
+    pub clock: Clock,
+    pub faults: Option<Arc<Faults>>,
+    pub counters: Arc<Counters>,
+    pub wish: watch::Receiver<Wish>,
+}
+
+/// A delivery in the handler's hands.
+struct Running {
+    lease: Lease,
+    attempt: u32,
+    event: Event,
+    started: Duration,
+}
+
+/// What the loop holds between turns.
+#[derive(Default)]
+struct Held {
+    next_id: u64,
+    buffered: VecDeque<Delivery>,
+    running: AHashMap<u64, Running>,
+    /// In order of start; entries of ended jobs are skipped.
+    deadlines: VecDeque<(Duration, u64)>,
+    unsettled: Vec<Settlement>,
+    /// How many of a settle are on their way.
+    settling: usize,
+}
+
+type Settling = Task<(Vec<Settlement>, Result<Vec<Lease>>)>;
+
+impl Dispatcher {
+    /// Runs until drained, then closes the source.
+    pub async fn run(mut self) {
+        let reporter = Reporter::default();
+        let mut held = Held::default();
+        let mut taking: Option<Task<Result<Vec<Delivery>>>> = None;
+        let mut settling: Option<Settling> = None;
+        let mut checking: Option<Task<Result<Vec<Lease>>>> = None;
+        let mut resume_at = None; // set while the transport fails
+        let mut failures = 0;
+        let check_every = self.rules.lease / 2;
+        let mut next_check = tokio::time::Instant::now() + check_every;
+
+        loop {
+            let wish = *self.wish.borrow_and_update();
+            if let Wish::Drain(deadline) = wish {
+                self.hand_back(&mut held);
+                if tokio::time::Instant::now() >= deadline {
+                    self.abandon(&mut held, CancelReason::Closing);
+                }
+                if held.running.is_empty() && held.unsettled.is_empty() && settling.is_none() {
+                    break;
+                }
+            }
+            self.launch(&mut held, &reporter);
+            self.publish_gauges(&held);
+            let room = (self.rules.concurrency + self.rules.prefetch)
+                .saturating_sub(held.running.len() + held.buffered.len() + held.settling + held.unsettled.len());
+            if taking.is_none() && room > 0 && wish == Wish::Run && resume_at.is_none() {
+                taking = Some(self.source.take(room));
+            }
+            if settling.is_none() && !held.unsettled.is_empty() && resume_at.is_none() {
+                settling = Some(self.settle(&mut held));
+            }
+            let draining = matches!(wish, Wish::Drain(_));
+
+            tokio::select! {
+                biased;
+                outcomes = reporter.next() => for (id, outcome) in outcomes {
+                    self.judge(&mut held, id, outcome);
+                },
+                (batch, settled) = maybe(&mut settling) => {
+                    settling = None;
+                    held.settling = 0;
+                    match settled {
+                        Ok(lost) => { failures = 0; self.count_lost(&lost); }
+                        // The verdicts stay ours until they are stored or the lease is lost: nothing is forgotten.
+                        Err(error) if error.kind() == ErrorKind::BusClosed => {}
+                        Err(error) if draining => log::warn!("{}: not settled before close, will be redelivered: {error}", self.rules.label),
+                        Err(error) => {
+                            held.unsettled.splice(0..0, batch);
+                            resume_at = Some(self.back_off(&mut failures, "settle", &error));
+                        }
+                    }
+                },
+                taken = maybe(&mut taking) => {
+                    taking = None;
+                    match taken {
+                        Ok(deliveries) => { failures = 0; held.buffered.extend(deliveries); }
+                        Err(error) if error.kind() == ErrorKind::BusClosed => break,
+                        Err(error) => resume_at = Some(self.back_off(&mut failures, "take", &error)),
+                    }
+                },
+                lost = maybe(&mut checking) => {
+                    checking = None;
+                    if let Ok(lost) = lost {
+                        self.forget(&mut held, &lost);
+                    }
+                },
+                () = until(held.next_deadline(), |due| self.clock.sleep_until(due)) => self.expire(&mut held),
+                () = tokio::time::sleep_until(next_check) => {
+                    next_check = tokio::time::Instant::now() + check_every;
+                    if checking.is_none() && !held.running.is_empty() {
+                        let leases = held.running.values().map(|running| running.lease).collect();
+                        checking = Some(self.source.heartbeat(leases));
+                    }
+                },
+                () = until(resume_at, tokio::time::sleep_until) => resume_at = None,
+                () = until(wish.deadline(), tokio::time::sleep_until), if !held.running.is_empty() => {},
+                changed = self.wish.changed() => if changed.is_err() { break },
+            }
+        }
+        self.abandon(&mut held, CancelReason::Closing);
+        self.source.close().await;
+        self.publish_gauges(&Held::default());
+    }
+
+    /// Moves buffered deliveries into the handler while there are permits.
+    fn launch(&self, held: &mut Held, reporter: &Reporter) {
+        let now = self.clock.elapsed();
+        let mut jobs = Vec::new();
+        while held.running.len() < self.rules.concurrency {
+            let Some(delivery) = held.buffered.pop_front() else { break };
+            let event = match &delivery.body {
+                Body::Event(event) => event.clone(),
+                Body::Undecodable { reason, .. } => {
+                    let failure = Failure::new("InvalidEvent", reason, "");
+                    held.unsettled.push(self.dead(delivery.lease, DeadReason::Undecodable, failure));
+                    continue;
+                }
+            };
+            if delivery.attempt > self.rules.retry.max_attempts().max(POISON_ATTEMPTS) {
+                let message = format!("taken {} times and never finished: it ends its process", delivery.attempt - 1);
+                held.unsettled.push(self.dead(delivery.lease, DeadReason::Poison, Failure::new("Poison", message, "")));
+                continue;
+            }
+            held.next_id += 1;
+            let id = held.next_id;
+            held.running.insert(
+                id,
+                Running { lease: delivery.lease, attempt: delivery.attempt, event: event.clone(), started: now },
+            );
+            if self.faults.as_ref().is_some_and(|faults| faults.take_failure(&event)) {
+                let failure = Failure::new("InjectedFault", "fail_next of the test kit", "");
+                reporter.report([(id, Outcome::Failed(failure))]);
+                continue;
+            }
+            if let Some(timeout) = self.rules.timeout {
+                held.deadlines.push_back((now + timeout, id));
+            }
+            jobs.push(Job::new(id, event, &delivery));
+        }
+        if !jobs.is_empty() {
+            self.handler.start(jobs, reporter);
+        }
+    }
+
+    /// Turns what the handler said into a verdict. Late reports of jobs that were timed out or lost are ignored.
+    fn judge(&self, held: &mut Held, id: u64, outcome: Outcome) {
+        let Some(Running { lease, attempt, event, started }) = held.running.remove(&id) else { return };
+        let busy = self.clock.elapsed().saturating_sub(started);
+        self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
+        let settlement = match outcome {
+            Outcome::Done => {
+                Counters::count(&self.counters.completed);
+                Settlement { lease, verdict: Verdict::Ack }
+            }
+            Outcome::Abandoned => {
+                Counters::count(&self.counters.released);
+                Settlement { lease, verdict: Verdict::Release }
+            }
+            Outcome::Rejected(failure) => self.dead(lease, DeadReason::Rejected, failure),
+            Outcome::Failed(failure) => self.again(lease, attempt, None, failure, &event),
+            Outcome::RetryAfter(after, failure) => self.again(lease, attempt, Some(after), failure, &event),
+        };
+        held.unsettled.push(settlement);
+    }
+
+    /// Another attempt if the policy has one left, else a dead letter. `after` overrules the policy's delay.
+    fn again(&self, lease: Lease, attempt: u32, after: Option<Duration>, failure: Failure, event: &Event) -> Settlement {
+        Counters::count(&self.counters.failed);
+        log::debug!("{}: attempt {attempt} of {} {} failed: {}", self.rules.label, event.event_type, event.meta.id, failure.kind);
+        if self.rules.broadcast {
+            log::warn!("{}: {} {} failed ({}); broadcast is not retried", self.rules.label, event.event_type, event.meta.id, failure.kind);
+            return Settlement { lease, verdict: Verdict::Ack };
+        }
+        match self.rules.retry.delay(attempt, fastrand::f64()) {
+            Some(delay) => {
+                Counters::count(&self.counters.retried);
+                Settlement { lease, verdict: Verdict::Retry { after: after.unwrap_or(delay), failure } }
+            }
+            None => self.dead(lease, DeadReason::Exhausted, failure),
+        }
+    }
+
+    fn dead(&self, lease: Lease, reason: DeadReason, failure: Failure) -> Settlement {
+        let label = &self.rules.label;
+        if self.rules.dead_letter && !self.rules.broadcast {
+            Counters::count(&self.counters.dead_lettered);
+            log::warn!("{label}: dead letter ({}): {}: {}", reason.as_str(), failure.kind, failure.message);
+            return Settlement { lease, verdict: Verdict::DeadLetter { reason, failure } };
+        }
+        Counters::count(&self.counters.dropped);
+        log::warn!("{label}: dropped ({}), dead letters are off: {}: {}", reason.as_str(), failure.kind, failure.message);
+        Settlement { lease, verdict: Verdict::Ack }
+    }
+
+    /// Ends the jobs whose time is up: the policy decides at once, the handler is asked to stop.
+    fn expire(&self, held: &mut Held) {
+        let now = self.clock.elapsed();
+        let mut late = Vec::new();
+        while let Some((due, id)) = held.deadlines.front().copied() {
+            let running = held.running.contains_key(&id);
+            if running && due > now {
+                break;
+            }
+            held.deadlines.pop_front();
+            if running {
+                late.push(id);
+            }
+        }
+        for id in &late {
+            Counters::count(&self.counters.timed_out);
+            let timeout = self.rules.timeout.unwrap_or_default();
+            let failure = Failure::new("HandlerTimeout", format!("the handler ran longer than {timeout:?}"), "");
+            self.judge(held, *id, Outcome::Failed(failure));
+        }
+        if !late.is_empty() {
+            self.handler.cancel(&late, CancelReason::Timeout);
+        }
+    }
+
+    /// Hands back what no handler has seen.
+    fn hand_back(&self, held: &mut Held) {
+        let back = held.buffered.drain(..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
+        held.unsettled.extend(back);
+    }
+
+    /// Stops all running jobs and hands their leases back; the attempt does not count.
+    fn abandon(&self, held: &mut Held, reason: CancelReason) {
+        let ids: Vec<u64> = held.running.keys().copied().collect();
+        for id in &ids {
+            self.judge(held, *id, Outcome::Abandoned);
+        }
+        if !ids.is_empty() {
+            self.handler.cancel(&ids, reason);
+        }
+    }
+
+    /// Stops the jobs whose lease somebody else has: their outcome would be refused.
+    fn forget(&self, held: &mut Held, lost: &[Lease]) {
+        if lost.is_empty() {
+            return;
+        }
+        self.count_lost(lost);
+        let ids: Vec<u64> =
+            held.running.iter().filter(|(_, running)| lost.contains(&running.lease)).map(|(id, _)| *id).collect();
+        ids.iter().for_each(|id| drop(held.running.remove(id)));
+        self.handler.cancel(&ids, CancelReason::LeaseLost);
+    }
+
+    fn count_lost(&self, lost: &[Lease]) {
+        if !lost.is_empty() {
+            self.counters.leases_lost.fetch_add(lost.len() as u64, Ordering::Relaxed);
+            log::warn!("{}: {} leases were lost; other processes handle these deliveries again", self.rules.label, lost.len());
+        }
+    }
+
+    fn settle(&self, held: &mut Held) -> Settling {
+        let batch = std::mem::take(&mut held.unsettled);
+        held.settling = batch.len();
+        let settled = self.source.settle(batch.clone());
+        Box::pin(async move { (batch, settled.await) })
+    }
+
+    fn back_off(&self, failures: &mut u32, step: &str, error: &crate::Error) -> tokio::time::Instant {
+        *failures = failures.saturating_add(1);
+        let delay = RECONNECT.delay(*failures, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
+        log::warn!("{}: {step} failed, again in {delay:.1?}: {error}", self.rules.label);
+        tokio::time::Instant::now() + delay
+    }
+
+    fn publish_gauges(&self, held: &Held) {
+        self.counters.running.store(held.running.len() as u64, Ordering::Relaxed);
+        self.counters.buffered.store(held.buffered.len() as u64, Ordering::Relaxed);
+    }
+}
+
+impl Held {
+    /// The next deadline of a job that still runs.
+    fn next_deadline(&mut self) -> Option<Duration> {
+        while let Some((due, id)) = self.deadlines.front() {
+            if self.running.contains_key(id) {
+                return Some(*due);
+            }
+            self.deadlines.pop_front();
+        }
+        None
+    }
+}
+
+impl Wish {
+    fn deadline(self) -> Option<tokio::time::Instant> {
+        match self {
+            Self::Drain(at) => Some(at),
+            _ => None,
+        }
+    }
+}
+
+/// The task's result, or never.
+async fn maybe<T>(task: &mut Option<Task<T>>) -> T {
+    match task {
+        Some(task) => task.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for `due`, or for ever.
+async fn until<D, F: Future<Output = ()>>(due: Option<D>, sleep: impl FnOnce(D) -> F) {
+    match due {
+        Some(due) => sleep(due).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,381 @@
+//! Options as plain data, with their defaults in one place.
+//!
+//! They arrive from other languages as one JSON object with `snake_case` names and durations in milliseconds (`_ms`);
+//! [`Naming`] turns these names back into the caller's own for messages.
+
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Map, Value};
+
+use crate::clock::Clock;
+use crate::codec;
+use crate::error::{Error, Result, nearest};
+use crate::retry::{Jitter, RetryPolicy};
+use crate::transport::{Durability, Settings, Start};
+
+/// Whose names a message uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Naming {
+    /// `lease`, in seconds.
+    #[default]
+    Python,
+    /// `leaseMs`, in milliseconds.
+    TypeScript,
+}
+
+impl Naming {
+    fn word(self, name: &str) -> String {
+        match self {
+            Self::Python => name.strip_suffix("_ms").unwrap_or(name).to_owned(),
+            Self::TypeScript => {
+                let mut up = false;
+                let camel = name.chars().filter_map(|c| {
+                    let upper = std::mem::replace(&mut up, c == '_');
+                    (c != '_').then(|| if upper { c.to_ascii_uppercase() } else { c })
+                });
+                camel.collect()
+            }
+        }
+    }
+}
+
+/// How events reach handlers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Through the transport; `publish` returns when the event is stored.
+    #[default]
+    Async,
+    /// `publish` runs this process's matching handlers and returns when they ended.
+    Sync,
+}
+
+/// Options of a bus.
+#[derive(Clone)]
+pub struct BusOptions {
+    /// Name of the service: `source` of its events and prefix of its groups. Required.
+    pub service: String,
+    /// Buses inside one store do not see each other. Default `default`.
+    pub bus: String,
+    /// Default [`Mode::Async`].
+    pub mode: Mode,
+    /// Default concurrency of a subscription. Default 10.
+    pub worker_count: usize,
+    /// Most deliveries that one subscription holds in this process, running and buffered. Default 1000.
+    pub buffer_size: usize,
+    /// A publish that fails in the transport is logged and counted, not raised. Default false.
+    pub fail_open: bool,
+    /// Largest payload in bytes, on publish and on consume. Default 1 MiB.
+    pub max_payload_bytes: usize,
+    /// Default policy of the subscriptions.
+    pub retry: RetryPolicy,
+    /// Default [`Durability::Warn`].
+    pub durability: Durability,
+    /// How long a delivery stays ours without a heartbeat; at least 1 s. Default 30 s.
+    pub lease: Duration,
+    /// Longest wait of one publish. Default 10 s.
+    pub publish_timeout: Duration,
+    /// How long an event stays in the log after every group finished it. Default 1 h.
+    pub retention: Duration,
+    /// Events older than this are dropped even if a group has not finished them. Default none.
+    pub max_age: Option<Duration>,
+    /// Most events kept, likewise. Default none.
+    pub max_events: Option<u64>,
+    /// Open a file on a network file system. Default false.
+    pub allow_network_fs: bool,
+    /// Time stands still until the test kit moves it. Default false.
+    pub virtual_clock: bool,
+}
+
+impl BusOptions {
+    /// The defaults, for `service`.
+    pub fn new(service: impl Into<String>) -> Self {
+        Self {
+            service: service.into(),
+            bus: "default".into(),
+            mode: Mode::Async,
+            worker_count: 10,
+            buffer_size: 1000,
+            fail_open: false,
+            max_payload_bytes: codec::DEFAULT_MAX_PAYLOAD,
+            retry: RetryPolicy::default(),
+            durability: Durability::Warn,
+            lease: Duration::from_secs(30),
+            publish_timeout: Duration::from_secs(10),
+            retention: Duration::from_secs(3600),
+            max_age: None,
+            max_events: None,
+            allow_network_fs: false,
+            virtual_clock: false,
+        }
+    }
+
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("bus", json, naming)?;
+        let service = from.string("service")?;
+        let Some(service) = service else {
+            return Err(Error::invalid_config("service is missing: name the service, like service=\"shop\""));
+        };
+        let base = Self::new(check_name("service", &service)?);
+        let options = Self {
+            bus: check_name("bus", &from.string("bus")?.unwrap_or(base.bus))?,
+            mode: from.word("mode", &[("async", Mode::Async), ("sync", Mode::Sync)])?.unwrap_or_default(),
+            worker_count: from.integer("worker_count", 1..=100_000)?.map_or(base.worker_count, |n| n as usize),
+            buffer_size: from.integer("buffer_size", 1..=1_000_000)?.map_or(base.buffer_size, |n| n as usize),
+            fail_open: from.boolean("fail_open")?.unwrap_or(false),
+            max_payload_bytes: from
+                .integer("max_payload_bytes", 1..=512 << 20)?
+                .map_or(base.max_payload_bytes, |n| n as usize),
+            retry: from.retry("retry")?.unwrap_or(base.retry),
+            durability: from.word("durability", &DURABILITIES)?.unwrap_or_default(),
+            lease: from.duration("lease_ms", Duration::from_secs(1))?.unwrap_or(base.lease),
+            publish_timeout: from.duration("publish_timeout_ms", Duration::from_millis(1))?.unwrap_or(base.publish_timeout),
+            retention: from.duration("retention_ms", Duration::ZERO)?.unwrap_or(base.retention),
+            max_age: from.duration("max_age_ms", Duration::from_millis(1))?,
+            max_events: from.integer("max_events", 1..=u64::MAX)?,
+            allow_network_fs: from.boolean("allow_network_fs")?.unwrap_or(false),
+            virtual_clock: from.boolean("virtual_clock")?.unwrap_or(false),
+            service: base.service,
+        };
+        from.finish()?;
+        Ok(options)
+    }
+
+    pub(crate) fn settings(&self, clock: Clock) -> Settings {
+        Settings {
+            bus: self.bus.as_str().into(),
+            durability: self.durability,
+            retention: self.retention,
+            max_age: self.max_age,
+            max_events: self.max_events,
+            max_payload_bytes: self.max_payload_bytes,
+            clock,
+            allow_network_fs: self.allow_network_fs,
+        }
+    }
+}
+
+const DURABILITIES: [(&str, Durability); 5] = [
+    ("warn", Durability::Warn),
+    ("required", Durability::Required),
+    ("off", Durability::Off),
+    ("full", Durability::Full),
+    ("normal", Durability::Normal),
+];
+
+/// Options of a subscription.
+#[derive(Debug, Clone, Default)]
+pub struct SubscribeOptions {
+    /// Unique on the bus. The bindings default it to the handler's qualified name.
+    pub name: String,
+    /// Durable group. Default `<service>/<name>`.
+    pub group: Option<String>,
+    /// Handlers that run at once. Default the bus's `worker_count`.
+    pub concurrency: Option<usize>,
+    /// Deliveries leased ahead of a free handler. Default 0: nothing waits here that another process could do.
+    pub prefetch: usize,
+    /// Default the bus's policy.
+    pub retry: Option<RetryPolicy>,
+    /// A handler that runs longer is cancelled and its delivery retried. Default none.
+    pub timeout: Option<Duration>,
+    /// Where a new group begins. Default [`Start::New`].
+    pub start: Start,
+    /// Every process gets every event from now on; nothing is settled, retried or kept. Default false.
+    pub broadcast: bool,
+    /// Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true.
+    pub drop_dead: bool,
+}
+
+impl SubscribeOptions {
+    /// Options of a subscription of that name.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("subscription", json, naming)?;
+        let Some(name) = from.string("name")? else {
+            return Err(Error::invalid_config("the subscription has no name; pass one, like name=\"audit\""));
+        };
+        let options = Self {
+            name: check_label("name", &name)?,
+            group: from.string("group")?.map(|group| check_label("group", &group)).transpose()?,
+            concurrency: from.integer("concurrency", 1..=100_000)?.map(|n| n as usize),
+            prefetch: from.integer("prefetch", 0..=100_000)?.map_or(0, |n| n as usize),
+            retry: from.retry("retry")?,
+            timeout: from.duration("timeout_ms", Duration::from_millis(1))?,
+            start: from.start("start")?.unwrap_or_default(),
+            broadcast: from.boolean("broadcast")?.unwrap_or(false),
+            drop_dead: !from.boolean("dead_letter")?.unwrap_or(true),
+        };
+        from.finish()?;
+        Ok(options)
+    }
+}
+
+impl RetryPolicy {
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("retry policy", json, naming)?;
+        let policy = from.policy()?;
+        from.finish()?;
+        Ok(policy)
+    }
+}
+
+/// A name that goes into URLs, keys and labels.
+fn check_name(what: &str, name: &str) -> Result<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if !name.is_empty() && name.len() <= 100 && name.chars().all(plain) {
+        return Ok(name.to_owned());
+    }
+    Err(Error::invalid_config(format!(
+        "{what}={name:?} is not a valid name; use 1 to 100 letters, digits, '_', '-' or '.'"
+    )))
+}
+
+/// A name for people and for groups: printable, without spaces at its ends.
+fn check_label(what: &str, label: &str) -> Result<String> {
+    let printable = label.chars().all(|c| !c.is_control()) && label.trim() == label;
+    if !label.is_empty() && label.len() <= 200 && printable {
+        return Ok(label.to_owned());
+    }
+    Err(Error::invalid_config(format!("{what}={label:?} is not valid; use 1 to 200 printable characters")))
+}
+
+/// Takes options out of a JSON object, one by one, and complains about what is left.
+struct Reader {
+    what: &'static str,
+    naming: Naming,
+    values: Map<String, Value>,
+    known: Vec<&'static str>,
+}
+
+impl Reader {
+    fn new(what: &'static str, json: &str, naming: Naming) -> Result<Self> {
+        let values = serde_json::from_str(json)
+            .map_err(|cause| Error::invalid_config(format!("{what} options must be an object: {cause}")))?;
+        Ok(Self { what, naming, values, known: Vec::new() })
+    }
+
+    /// The value of `name`; null counts as absent.
+    fn take(&mut self, name: &'static str) -> Option<Value> {
+        self.known.push(name);
+        self.values.remove(name).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&self, name: &str, value: &Value, wanted: &str) -> Error {
+        Error::invalid_config(format!("{}={value} is not valid; {wanted}", self.naming.word(name)))
+    }
+
+    fn string(&mut self, name: &'static str) -> Result<Option<String>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self.wrong(name, &other, "give a string")),
+        }
+    }
+
+    fn boolean(&mut self, name: &'static str) -> Result<Option<bool>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(self.wrong(name, &other, "give true or false")),
+        }
+    }
+
+    fn integer(&mut self, name: &'static str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match value.as_u64() {
+            Some(number) if range.contains(&number) => Ok(Some(number)),
+            _ if *range.end() == u64::MAX => {
+                Err(self.wrong(name, &value, &format!("give a whole number from {}", range.start())))
+            }
+            _ => {
+                let wanted = format!("give a whole number from {} to {}", range.start(), range.end());
+                Err(self.wrong(name, &value, &wanted))
+            }
+        }
+    }
+
+    fn duration(&mut self, name: &'static str, least: Duration) -> Result<Option<Duration>> {
+        const MOST: Duration = Duration::from_secs(10 * 365 * 86_400);
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let millis = value.as_f64().filter(|millis| millis.is_finite() && *millis >= 0.0);
+        let duration = millis.map(|millis| Duration::from_secs_f64((millis / 1000.0).min(1e12)));
+        match duration {
+            Some(duration) if (least..=MOST).contains(&duration) => Ok(Some(duration)),
+            _ => {
+                let (shown, wanted) = match self.naming {
+                    Naming::Python => (
+                        value.as_f64().map_or(value.clone(), |millis| Value::from(millis / 1000.0)),
+                        format!("give seconds, at least {}", least.as_secs_f64()),
+                    ),
+                    Naming::TypeScript => (value.clone(), format!("give milliseconds, at least {}", least.as_millis())),
+                };
+                Err(self.wrong(name, &shown, &wanted))
+            }
+        }
+    }
+
+    fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> Result<Option<T>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        if let Some((_, meaning)) = words.iter().find(|(word, _)| value.as_str() == Some(word)) {
+            return Ok(Some(*meaning));
+        }
+        let known: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+        let hint = value.as_str().and_then(|word| nearest(word, known.iter().copied()));
+        let hint = hint.map_or(String::new(), |near| format!("did you mean {near:?}? "));
+        Err(self.wrong(name, &value, &format!("{hint}known: {}", known.join(", "))))
+    }
+
+    fn start(&mut self, name: &'static str) -> Result<Option<Start>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match &value {
+            Value::String(word) if word == "new" => Ok(Some(Start::New)),
+            Value::String(word) if word == "beginning" => Ok(Some(Start::Beginning)),
+            Value::Number(millis) if millis.as_f64().is_some_and(|millis| (0.0..1e15).contains(&millis)) => {
+                let since = Duration::from_secs_f64(millis.as_f64().unwrap_or_default() / 1000.0);
+                Ok(Some(Start::At(SystemTime::UNIX_EPOCH + since)))
+            }
+            _ => Err(self.wrong(name, &value, "give \"new\", \"beginning\" or a time")),
+        }
+    }
+
+    fn retry(&mut self, name: &'static str) -> Result<Option<RetryPolicy>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match value {
+            Value::Object(_) => RetryPolicy::from_json(&value.to_string(), self.naming).map(Some),
+            other => Err(self.wrong(name, &other, "give a retry policy")),
+        }
+    }
+
+    fn policy(&mut self) -> Result<RetryPolicy> {
+        let base = RetryPolicy::default();
+        let factor = self.take("factor");
+        let policy = RetryPolicy {
+            max_retries: self.integer("max_retries", 0..=1_000_000)?.map_or(base.max_retries, |n| n as u32),
+            initial_delay: self.duration("initial_delay_ms", Duration::ZERO)?.unwrap_or(base.initial_delay),
+            max_delay: self.duration("max_delay_ms", Duration::ZERO)?.unwrap_or(base.max_delay),
+            factor: match factor.as_ref().map(Value::as_f64) {
+                None => base.factor,
+                Some(Some(factor)) if (1.0..=1000.0).contains(&factor) => factor,
+                Some(_) => {
+                    return Err(self.wrong("factor", &factor.unwrap_or_default(), "give a number from 1 to 1000"));
+                }
+            },
+            jitter: self.word("jitter", &[("full", Jitter::Full), ("none", Jitter::None)])?.unwrap_or_default(),
+        };
+        Ok(policy)
+    }
+
+    fn finish(self) -> Result<()> {
+        let Some(unknown) = self.values.keys().next() else { return Ok(()) };
+        let word = self.naming.word(unknown);
+        let known: Vec<_> = self.known.iter().map(|name| self.naming.word(name)).collect();
+        let hint = nearest(&word, known.iter().map(String::as_str))
+            .map_or_else(|| format!("known: {}", known.join(", ")), |near| format!("did you mean {near}?"));
+        Err(Error::invalid_config(format!("unknown {} option {word}; {hint}", self.what)))
+    }
+}

@@ -1,0 +1,125 @@
+//! The handle of a running dispatcher.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::event::Text;
+
+/// What the holder wants of the dispatcher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Take and handle.
+    Run,
+    /// Handle what runs, take nothing.
+    Pause,
+    /// Take nothing, hand back what is buffered, let running handlers end until the deadline, then cancel them and
+    /// hand their leases back.
+    Drain(tokio::time::Instant),
+}
+
+/// Counts since the subscription began, in this process.
+#[derive(Debug, Default)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Counters {
+    pub completed: AtomicU64,
+    pub failed: AtomicU64,
+    pub retried: AtomicU64,
+    pub dead_lettered: AtomicU64,
+    pub dropped: AtomicU64,
+    pub released: AtomicU64,
+    pub timed_out: AtomicU64,
+    pub leases_lost: AtomicU64,
+    pub running: AtomicU64,
+    pub buffered: AtomicU64,
+    /// Sum of handler times, in microseconds.
+    pub busy_micros: AtomicU64,
+}
+
+impl Counters {
+    /// Adds one.
+    pub(crate) fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A running subscription. Cheap to clone; dropping it does not end the subscription.
+#[derive(Clone)]
+pub struct Subscription {
+    pub(crate) facts: Arc<Facts>,
+    pub(crate) wish: watch::Sender<Wish>,
+    /// Becomes true when the dispatcher has ended and its source is closed.
+    pub(crate) ended: watch::Receiver<bool>,
+}
+
+pub(crate) struct Facts {
+    pub name: Text,
+    pub group: Text,
+    pub pattern: Text,
+    pub counters: Arc<Counters>,
+    pub broadcast: bool,
+}
+
+impl Subscription {
+    /// Its name, unique on its bus.
+    pub fn name(&self) -> &Text {
+        &self.facts.name
+    }
+
+    /// Its durable group.
+    pub fn group(&self) -> &Text {
+        &self.facts.group
+    }
+
+    /// Its pattern, as written.
+    pub fn pattern(&self) -> &Text {
+        &self.facts.pattern
+    }
+
+    /// What it did in this process.
+    pub fn counters(&self) -> &Counters {
+        &self.facts.counters
+    }
+
+    /// Takes nothing more until [`Subscription::resume`]; running handlers go on, leases are kept.
+    pub fn pause(&self) {
+        self.change(|wish| matches!(wish, Wish::Run), Wish::Pause);
+    }
+
+    /// Takes again.
+    pub fn resume(&self) {
+        self.change(|wish| matches!(wish, Wish::Pause), Wish::Run);
+    }
+
+    fn change(&self, when: impl Fn(&Wish) -> bool, to: Wish) {
+        self.wish.send_if_modified(|wish| {
+            let change = when(wish);
+            if change {
+                *wish = to;
+            }
+            change
+        });
+    }
+
+    /// Stops taking, lets running handlers end for up to `timeout`, cancels the rest and hands their leases back
+    /// without counting the attempt. The durable group stays. A second call may shorten the deadline, never extend it.
+    pub async fn drain(&self, timeout: Duration) {
+        let deadline = tokio::time::Instant::now() + timeout;
+        self.wish.send_if_modified(|wish| {
+            let sooner = !matches!(wish, Wish::Drain(at) if *at <= deadline);
+            if sooner {
+                *wish = Wish::Drain(deadline);
+            }
+            sooner
+        });
+        let mut ended = self.ended.clone();
+        drop(ended.wait_for(|ended| *ended).await); // an error means that the dispatcher is gone: also ended
+    }
+
+    /// Whether it has ended.
+    pub fn is_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+}

@@ -1,0 +1,190 @@
+//! One group: what is ready, leased and waiting.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ahash::AHashMap;
+use tokio::sync::Notify;
+
+use crate::delivery::{Body, Delivery, Lease};
+use crate::event::{Event, Text};
+use crate::transport::{GroupSpec, GroupStats};
+
+/// An event on its way through one group.
+#[derive(Debug, Clone)]
+pub(super) struct Pending {
+    pub position: i64,
+    pub event: Event,
+    /// When it was published.
+    pub published: Duration,
+    pub expires: Option<Duration>,
+    /// Attempts that were taken and count.
+    pub attempts: u32,
+    pub redelivered: bool,
+    pub first_failed: Option<SystemTime>,
+    pub replayed_from: Option<Text>,
+}
+
+struct Leased {
+    token: i64,
+    owner: u64,
+    pending: Pending,
+}
+
+/// See the module's page. All times are of the store's clock.
+pub(super) struct Group {
+    pub spec: GroupSpec,
+    pub ready: VecDeque<Pending>,
+    leased: AHashMap<i64, Leased>,
+    waiting: BTreeMap<(Duration, i64), Pending>,
+    /// Rings when something became ready, or is due earlier than before.
+    pub wake: Arc<Notify>,
+    pub members: usize,
+    /// Published and not finished, whatever its state.
+    pub load: Load,
+    expired: u64,
+}
+
+/// How much there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Load {
+    pub events: usize,
+    pub bytes: usize,
+}
+
+/// What a settlement did to a delivery that was ours.
+pub(super) enum Ended {
+    Gone,
+    Dead(Pending),
+}
+
+impl Group {
+    pub fn new(spec: GroupSpec) -> Self {
+        Self {
+            spec,
+            ready: VecDeque::new(),
+            leased: AHashMap::new(),
+            waiting: BTreeMap::new(),
+            wake: Arc::new(Notify::new()),
+            members: 0,
+            load: Load::default(),
+            expired: 0,
+        }
+    }
+
+    /// Adds an event at the end of the queue.
+    pub fn push(&mut self, pending: Pending) {
+        self.load.events += 1;
+        self.load.bytes += pending.event.payload.len();
+        self.ready.push_back(pending);
+        self.wake.notify_one();
+    }
+
+    fn finish(&mut self, pending: &Pending) {
+        self.load.events -= 1;
+        self.load.bytes -= pending.event.payload.len();
+    }
+
+    /// Moves what is due to the front of the queue and leases up to `max`.
+    pub fn take(&mut self, now: Duration, wall: SystemTime, max: usize, owner: u64, token: &mut i64) -> Vec<Delivery> {
+        while let Some(due) = self.waiting.first_entry().filter(|due| due.key().0 <= now) {
+            self.ready.push_front(due.remove());
+        }
+        let mut taken = Vec::with_capacity(max.min(self.ready.len()));
+        while taken.len() < max {
+            let Some(mut pending) = self.ready.pop_front() else { break };
+            if pending.expires.is_some_and(|expires| expires <= now) {
+                self.expired += 1;
+                self.finish(&pending);
+                continue;
+            }
+            *token += 1;
+            let lease = Lease { position: pending.position, token: *token };
+            pending.attempts += 1;
+            taken.push(Delivery {
+                body: Body::Event(pending.event.clone()),
+                lease,
+                attempt: pending.attempts,
+                redelivered: std::mem::replace(&mut pending.redelivered, true),
+                received_at: wall,
+                first_failed_at: pending.first_failed,
+            });
+            self.leased.insert(lease.position, Leased { token: *token, owner, pending });
+        }
+        taken
+    }
+
+    /// Takes the delivery out of its lease, if `lease` still holds it.
+    fn end(&mut self, lease: Lease) -> Option<Pending> {
+        match self.leased.entry(lease.position) {
+            std::collections::hash_map::Entry::Occupied(held) if held.get().token == lease.token => {
+                Some(held.remove().pending)
+            }
+            _ => None,
+        }
+    }
+
+    pub fn ack(&mut self, lease: Lease) -> Option<Ended> {
+        let pending = self.end(lease)?;
+        self.finish(&pending);
+        Some(Ended::Gone)
+    }
+
+    pub fn retry(&mut self, lease: Lease, due: Duration, wall: SystemTime) -> Option<Ended> {
+        let mut pending = self.end(lease)?;
+        pending.first_failed.get_or_insert(wall);
+        self.waiting.insert((due, pending.position), pending);
+        self.wake.notify_one();
+        Some(Ended::Gone)
+    }
+
+    pub fn bury(&mut self, lease: Lease) -> Option<Ended> {
+        let pending = self.end(lease)?;
+        self.finish(&pending);
+        Some(Ended::Dead(pending))
+    }
+
+    pub fn release(&mut self, lease: Lease) -> Option<Ended> {
+        let mut pending = self.end(lease)?;
+        pending.attempts -= 1;
+        self.ready.push_front(pending);
+        self.wake.notify_one();
+        Some(Ended::Gone)
+    }
+
+    /// Hands back all that `owner` holds, oldest first in the queue.
+    pub fn release_all(&mut self, owner: u64) {
+        let held = self.leased.iter().filter(|(_, leased)| leased.owner == owner);
+        let mut held: Vec<_> = held.map(|(position, leased)| Lease { position: *position, token: leased.token }).collect();
+        held.sort_unstable_by_key(|lease| std::cmp::Reverse(lease.position));
+        for lease in held {
+            self.release(lease);
+        }
+    }
+
+    pub fn holds(&self, lease: Lease) -> bool {
+        self.leased.get(&lease.position).is_some_and(|leased| leased.token == lease.token)
+    }
+
+    pub fn next_due(&self) -> Option<Duration> {
+        self.waiting.first_key_value().map(|((due, _), _)| *due)
+    }
+
+    /// Nothing to run now: what is left waits for a time.
+    pub fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.leased.is_empty()
+    }
+
+    pub fn stats(&self, now: Duration, dead: u64) -> GroupStats {
+        let all = self.ready.iter().chain(self.waiting.values()).chain(self.leased.values().map(|l| &l.pending));
+        GroupStats {
+            lag: self.ready.len() as u64,
+            in_flight: self.leased.len() as u64,
+            retrying: self.waiting.len() as u64,
+            dead,
+            expired: self.expired,
+            oldest: all.map(|pending| pending.published).min().map(|published| now.saturating_sub(published)),
+        }
+    }
+}

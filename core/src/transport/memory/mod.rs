@@ -1,0 +1,210 @@
+//! Events inside one process: every capability, nothing on disk. The worked example of a transport; read it first.
+//!
+//! ```text
+//! Store (one for each name and bus)
+//!   log      the last events, for groups that start at the beginning      bounded ring
+//!   delayed  published with a delay, by due time
+//!   dead     dead letters, by id
+//!   groups   each: ready ──take──► leased ──settle──► gone, waiting (by due time), or dead
+//!                    ▲                                   │
+//!                    └───────────────────────────────────┘
+//! ```
+//! Owner and store live and die together, so a lease ends only by settling or by closing its source; the token still
+//! fences, because a closed source's deliveries are handed to somebody else.
+
+mod group;
+mod store;
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use super::{
+    Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Result, Settings, Settlement, Source, Task,
+    Transport,
+};
+use crate::clock::Clock;
+use crate::dead_letter::{DeadLetter, DeadLetterFilter};
+use crate::delivery::{Delivery, Lease};
+use crate::error::Error;
+use crate::event::Text;
+use store::Store;
+
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if name.len() <= 100 && name.chars().all(plain) {
+        return Ok(());
+    }
+    Err(Error::invalid_config(format!(
+        "memory://{name} is not a valid name; use up to 100 letters, digits, '_', '-' or '.', or memory:// for a private bus"
+    )))
+}
+
+/// Opens the store of that name, making it when this process has none. The empty name is private.
+pub(super) fn open(name: &str, settings: &Settings) -> Result<Arc<dyn Transport>> {
+    if settings.durability == super::Durability::Required {
+        return Err(Error::unsupported(
+            "memory:// loses everything with the process, and durability=\"required\" forbids that; use sqlite:///events.db",
+        ));
+    }
+    Ok(Arc::new(Memory::open(name, &settings.bus, settings.clock.clone())))
+}
+
+/// A bus's hold on a store.
+pub struct Memory {
+    store: Arc<Store>,
+    sources: Mutex<Vec<Weak<MemorySource>>>,
+}
+
+type Named = HashMap<(u32, String, Text), Weak<Store>>;
+
+impl Memory {
+    fn open(name: &str, bus: &Text, clock: Clock) -> Self {
+        // Keyed by process id: a forked child starts empty, like any other process.
+        static NAMED: LazyLock<Mutex<Named>> = LazyLock::new(Mutex::default);
+        let store = if name.is_empty() {
+            Arc::new(Store::new(clock))
+        } else {
+            let mut named = NAMED.lock().unwrap_or_else(PoisonError::into_inner);
+            named.retain(|_, store| store.strong_count() > 0);
+            let key = (std::process::id(), name.to_owned(), bus.clone());
+            named.get(&key).and_then(Weak::upgrade).unwrap_or_else(|| {
+                let store = Arc::new(Store::new(clock));
+                named.insert(key, Arc::downgrade(&store));
+                store
+            })
+        };
+        Self { store, sources: Mutex::default() }
+    }
+}
+
+impl Transport for Memory {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            durable: false,
+            cross_process: false,
+            ack: true,
+            delayed_retry: true,
+            delayed_publish: true,
+            dead_letters: true,
+            start_position: true,
+            broadcast: true,
+        }
+    }
+
+    fn guarantees(&self) -> Task<Result<Guarantees>> {
+        Box::pin(std::future::ready(Ok(Guarantees {
+            transport: "memory",
+            delivery: "at-least-once",
+            durability: "none",
+            ordering: "publish",
+            details: vec![("history", format!("the last {} events", store::HISTORY))],
+            warnings: vec!["events live in this process and die with it; use sqlite:///events.db to keep them".into()],
+        })))
+    }
+
+    fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
+        let store = self.store.clone();
+        Box::pin(async move { store.publish(batch, timeout).await })
+    }
+
+    fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
+        let group = self.store.join(spec);
+        let source = Arc::new(MemorySource { store: self.store.clone(), group, closed: tokio::sync::watch::Sender::new(false) });
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.retain(|source| source.strong_count() > 0);
+        sources.push(Arc::downgrade(&source));
+        Box::pin(std::future::ready(Ok(source as Arc<dyn Source>)))
+    }
+
+    fn group_stats(&self, group: Text) -> Task<Result<GroupStats>> {
+        Box::pin(std::future::ready(self.store.stats(&group)))
+    }
+
+    fn delete_group(&self, group: Text) -> Task<Result<bool>> {
+        Box::pin(std::future::ready(Ok(self.store.delete(&group))))
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: Option<Text>,
+        limit: usize,
+    ) -> Task<Result<Vec<DeadLetter>>> {
+        Box::pin(std::future::ready(Ok(self.store.dead_letters(&filter, after.as_deref(), limit))))
+    }
+
+    fn dead_count(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        Box::pin(std::future::ready(Ok(self.store.dead_letters(&filter, None, usize::MAX).len() as u64)))
+    }
+
+    fn dead_replay(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        Box::pin(std::future::ready(Ok(self.store.replay(&filter))))
+    }
+
+    fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        Box::pin(std::future::ready(Ok(self.store.purge(&filter))))
+    }
+
+    fn idle(&self) -> Task<Result<()>> {
+        let store = self.store.clone();
+        Box::pin(async move {
+            store.idle().await;
+            Ok(())
+        })
+    }
+
+    fn close(&self) -> Task<()> {
+        let sources = std::mem::take(&mut *self.sources.lock().unwrap_or_else(PoisonError::into_inner));
+        Box::pin(async move {
+            for source in sources.iter().filter_map(Weak::upgrade) {
+                source.close().await;
+            }
+        })
+    }
+}
+
+/// One subscription's hold on a group.
+struct MemorySource {
+    store: Arc<Store>,
+    group: store::Member,
+    closed: tokio::sync::watch::Sender<bool>,
+}
+
+impl Source for MemorySource {
+    fn take(&self, max: usize) -> Task<Result<Vec<Delivery>>> {
+        let (store, group, mut closed) = (self.store.clone(), self.group.clone(), self.closed.subscribe());
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                () = ended(&mut closed) => Err(Error::bus_closed("the subscription is closed")),
+                deliveries = store.take(&group, max) => Ok(deliveries),
+            }
+        })
+    }
+
+    fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>> {
+        Box::pin(std::future::ready(Ok(self.store.settle(&self.group, settlements))))
+    }
+
+    fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>> {
+        Box::pin(std::future::ready(Ok(self.store.lost(&self.group, held))))
+    }
+
+    fn close(&self) -> Task<()> {
+        if !self.closed.send_replace(true) {
+            self.store.leave(&self.group);
+        }
+        Box::pin(std::future::ready(()))
+    }
+}
+
+impl Drop for MemorySource {
+    fn drop(&mut self) {
+        drop(self.close());
+    }
+}
+
+async fn ended(closed: &mut tokio::sync::watch::Receiver<bool>) {
+    drop(closed.wait_for(|closed| *closed).await); // an error means that the source is gone: also ended
+}

@@ -1,0 +1,390 @@
+//! The shared state behind all buses of one name, under one lock that is never held across an await.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use ahash::AHashMap;
+use tokio::sync::Notify;
+
+use super::group::{Ended, Group, Load, Pending};
+use crate::clock::Clock;
+use crate::dead_letter::{DeadLetter, DeadLetterFilter};
+use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Text;
+use crate::pattern::PatternIndex;
+use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Settlement, Start};
+
+/// Events kept for groups that start in the past.
+pub(super) const HISTORY: usize = 10_000;
+/// The same in bytes of payload.
+const HISTORY_BYTES: usize = 64 << 20;
+/// Events that are published and not finished, over all groups; a publish beyond it waits for room.
+const CAPACITY: usize = 200_000;
+/// The same in bytes of payload.
+const CAPACITY_BYTES: usize = 512 << 20;
+
+/// One name, one bus.
+pub(super) struct Store {
+    clock: Clock,
+    state: Mutex<State>,
+    /// Rings when a delivery ended: there may be room, the store may be idle.
+    ended: Notify,
+    owners: AtomicU64,
+}
+
+/// A source's place in its group.
+#[derive(Clone)]
+pub(super) struct Member {
+    group: u64,
+    owner: u64,
+    broadcast: bool,
+}
+
+#[derive(Default)]
+struct State {
+    position: i64,
+    token: i64,
+    next_group: u64,
+    log: VecDeque<Pending>,
+    delayed: BTreeMap<(Duration, i64), Outgoing>,
+    groups: AHashMap<u64, Group>,
+    names: AHashMap<Text, u64>,
+    routes: PatternIndex<u64>,
+    dead: BTreeMap<u64, DeadLetter>,
+    next_dead: u64,
+    /// Of all groups together.
+    load: Load,
+    /// Payload bytes in the log.
+    bytes: usize,
+    /// Scratch space for the groups that an event goes to.
+    matched: Vec<u64>,
+}
+
+impl Store {
+    pub fn new(clock: Clock) -> Self {
+        Self { clock, state: Mutex::default(), ended: Notify::new(), owners: AtomicU64::new(0) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub async fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Result<Vec<Receipt>> {
+        let deadline = tokio::time::Instant::now() + timeout;
+        loop {
+            let room = self.ended.notified();
+            {
+                let mut state = self.state();
+                if state.has_room(batch.len()) {
+                    let now = self.clock.elapsed();
+                    return Ok(batch.into_iter().map(|outgoing| state.accept(outgoing, now)).collect());
+                }
+            }
+            if tokio::time::timeout_at(deadline, room).await.is_err() {
+                return Err(Error::new(
+                    ErrorKind::BufferFull,
+                    format!("{CAPACITY} events wait for their handlers; nothing was published. Add workers, or publish slower"),
+                ));
+            }
+        }
+    }
+
+    pub fn join(&self, spec: GroupSpec) -> Member {
+        let owner = self.owners.fetch_add(1, Ordering::Relaxed);
+        let broadcast = spec.broadcast;
+        let mut state = self.state();
+        let known = if broadcast { None } else { state.names.get(&spec.group).copied() };
+        let group = known.unwrap_or_else(|| state.add_group(spec.clone(), &self.clock));
+        state.repattern(group, spec);
+        if let Some(group) = state.groups.get_mut(&group) {
+            group.members += 1;
+        }
+        Member { group, owner, broadcast }
+    }
+
+    pub async fn take(&self, member: &Member, max: usize) -> Vec<Delivery> {
+        loop {
+            let (wake, due) = {
+                let mut state = self.state();
+                let (now, wall) = (self.clock.elapsed(), self.clock.now());
+                state.promote(now);
+                let next_delayed = state.delayed.first_key_value().map(|((due, _), _)| *due);
+                let mut token = state.token;
+                let taken = state.on(member.group, |group| {
+                    let taken = group.take(now, wall, max, member.owner, &mut token);
+                    if !taken.is_empty() && !group.ready.is_empty() {
+                        group.wake.notify_one(); // another member may be waiting
+                    }
+                    (taken, group.wake.clone(), group.next_due())
+                });
+                state.token = token;
+                match taken {
+                    Some((taken, ..)) if !taken.is_empty() => return taken,
+                    Some((_, wake, due)) => (Some(wake), [next_delayed, due].into_iter().flatten().min()),
+                    None => (None, None), // the group was deleted; only closing the source ends the wait
+                }
+            };
+            let Some(wake) = wake else { return std::future::pending().await };
+            match due {
+                None => wake.notified().await,
+                Some(due) => tokio::select! {
+                    () = wake.notified() => {}
+                    () = self.clock.sleep_until(due) => {}
+                },
+            }
+        }
+    }
+
+    pub fn settle(&self, member: &Member, settlements: Vec<Settlement>) -> Vec<Lease> {
+        let (now, wall) = (self.clock.elapsed(), self.clock.now());
+        let mut state = self.state();
+        let mut lost = Vec::new();
+        for Settlement { lease, verdict } in settlements {
+            let ended = state.on(member.group, |group| match &verdict {
+                Verdict::Ack => group.ack(lease),
+                Verdict::Retry { after, .. } => group.retry(lease, now.saturating_add(*after), wall),
+                Verdict::Release => group.release(lease),
+                Verdict::DeadLetter { .. } => group.bury(lease),
+            });
+            let ended = ended.flatten();
+            match (ended, verdict) {
+                (None, _) => lost.push(lease),
+                (Some(Ended::Dead(pending)), Verdict::DeadLetter { reason, failure }) if !member.broadcast => {
+                    state.bury(member.group, pending, reason, failure, wall);
+                }
+                (Some(_), _) => {}
+            }
+        }
+        drop(state);
+        self.ended.notify_waiters();
+        lost
+    }
+
+    pub fn lost(&self, member: &Member, mut held: Vec<Lease>) -> Vec<Lease> {
+        let state = self.state();
+        let group = state.groups.get(&member.group);
+        held.retain(|lease| !group.is_some_and(|group| group.holds(*lease)));
+        held
+    }
+
+    pub fn leave(&self, member: &Member) {
+        let mut state = self.state();
+        let Some(group) = state.groups.get_mut(&member.group) else { return };
+        group.release_all(member.owner);
+        group.members -= 1;
+        if member.broadcast {
+            state.remove_group(member.group);
+        }
+        drop(state);
+        self.ended.notify_waiters();
+    }
+
+    pub fn stats(&self, name: &Text) -> Result<GroupStats> {
+        let state = self.state();
+        let group = state.names.get(name).and_then(|id| state.groups.get(id));
+        let group = group.ok_or_else(|| Error::not_found(format!("there is no group {name:?} on this bus")))?;
+        let dead = state.dead.values().filter(|letter| letter.group == *name).count();
+        Ok(group.stats(self.clock.elapsed(), dead as u64))
+    }
+
+    pub fn delete(&self, name: &Text) -> bool {
+        let mut state = self.state();
+        state.dead.retain(|_, letter| letter.group != *name);
+        let known = state.names.get(name).copied();
+        known.is_some_and(|id| state.remove_group(id).is_some())
+    }
+
+    pub fn dead_letters(&self, filter: &DeadLetterFilter, after: Option<&str>, limit: usize) -> Vec<DeadLetter> {
+        let after = after.map_or(0, |id| id.parse().unwrap_or(u64::MAX));
+        let state = self.state();
+        let later = state.dead.range(after.saturating_add(u64::from(after > 0))..);
+        later.map(|(_, letter)| letter).filter(|letter| filter.matches(letter)).take(limit).cloned().collect()
+    }
+
+    pub fn replay(&self, filter: &DeadLetterFilter) -> u64 {
+        let mut state = self.state();
+        let now = self.clock.elapsed();
+        let chosen = state.dead.iter().filter(|(_, letter)| filter.matches(letter)).map(|(id, _)| *id);
+        let chosen: Vec<_> = chosen.collect();
+        chosen.into_iter().filter(|id| state.replay(*id, now)).count() as u64
+    }
+
+    pub fn purge(&self, filter: &DeadLetterFilter) -> u64 {
+        let mut state = self.state();
+        let before = state.dead.len();
+        state.dead.retain(|_, letter| !filter.matches(letter));
+        (before - state.dead.len()) as u64
+    }
+
+    /// Waits until no group with a member has anything to run now. What waits for a time does not count.
+    pub async fn idle(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.state().is_idle(self.clock.elapsed()) {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+impl State {
+    /// Runs `change` on a group and keeps the sum of all loads right.
+    fn on<R>(&mut self, group: u64, change: impl FnOnce(&mut Group) -> R) -> Option<R> {
+        let group = self.groups.get_mut(&group)?;
+        let before = group.load;
+        let result = change(group);
+        self.load.events = self.load.events + group.load.events - before.events;
+        self.load.bytes = self.load.bytes + group.load.bytes - before.bytes;
+        Some(result)
+    }
+
+    fn has_room(&self, wanted: usize) -> bool {
+        self.load.events == 0 || (self.load.events + wanted <= CAPACITY && self.load.bytes <= CAPACITY_BYTES)
+    }
+
+    fn accept(&mut self, outgoing: Outgoing, now: Duration) -> Receipt {
+        self.position += 1;
+        let (id, position) = (outgoing.event.meta.id.clone(), self.position);
+        match outgoing.delay {
+            Some(delay) if !delay.is_zero() => {
+                self.delayed.insert((now.saturating_add(delay), position), outgoing);
+                self.groups.values().for_each(|group| group.wake.notify_one()); // an earlier timer for one of them
+                Receipt { id, position: None }
+            }
+            _ => {
+                self.route(position, outgoing, now);
+                Receipt { id, position: Some(position) }
+            }
+        }
+    }
+
+    fn route(&mut self, position: i64, Outgoing { event, expires_in, .. }: Outgoing, now: Duration) {
+        let pending = Pending {
+            position,
+            published: now,
+            expires: expires_in.map(|after| now.saturating_add(after)),
+            attempts: 0,
+            redelivered: false,
+            first_failed: None,
+            replayed_from: None,
+            event,
+        };
+        let mut matched = std::mem::take(&mut self.matched);
+        matched.clear();
+        self.routes.matches(pending.event.event_type.as_str(), &mut matched);
+        for id in &matched {
+            self.on(*id, |group| group.push(pending.clone()));
+        }
+        self.matched = matched;
+        self.bytes += pending.event.payload.len();
+        self.log.push_back(pending);
+        while (self.log.len() > HISTORY || self.bytes > HISTORY_BYTES)
+            && let Some(oldest) = self.log.pop_front()
+        {
+            self.bytes -= oldest.event.payload.len();
+        }
+    }
+
+    fn promote(&mut self, now: Duration) {
+        while let Some(due) = self.delayed.first_entry().filter(|due| due.key().0 <= now) {
+            let ((_, position), outgoing) = due.remove_entry();
+            self.route(position, outgoing, now);
+        }
+    }
+
+    fn add_group(&mut self, spec: GroupSpec, clock: &Clock) -> u64 {
+        self.next_group += 1;
+        let id = self.next_group;
+        let since = match spec.start {
+            _ if spec.broadcast => None,
+            Start::New => None,
+            Start::Beginning => Some(SystemTime::UNIX_EPOCH),
+            Start::At(time) => Some(time),
+        };
+        let mut group = Group::new(spec.clone());
+        if let Some(since) = since {
+            let born = clock.now() - clock.elapsed();
+            let past = self.log.iter().filter(|past| born + past.published >= since);
+            past.filter(|past| spec.pattern.matches(past.event.event_type.as_str())).for_each(|past| group.push(past.clone()));
+        }
+        self.load.events += group.load.events;
+        self.load.bytes += group.load.bytes;
+        self.routes.insert(&spec.pattern, id);
+        if !spec.broadcast {
+            self.names.insert(spec.group.clone(), id);
+        }
+        self.groups.insert(id, group);
+        id
+    }
+
+    fn repattern(&mut self, id: u64, spec: GroupSpec) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if group.spec.pattern.as_str() != spec.pattern.as_str() {
+            log::warn!("group {} now follows {} instead of {}", spec.group, spec.pattern.as_str(), group.spec.pattern.as_str());
+            self.routes.remove(&group.spec.pattern, id);
+            self.routes.insert(&spec.pattern, id);
+        }
+        group.spec = spec;
+    }
+
+    fn remove_group(&mut self, id: u64) -> Option<Group> {
+        let group = self.groups.remove(&id)?;
+        self.load.events -= group.load.events;
+        self.load.bytes -= group.load.bytes;
+        self.routes.remove(&group.spec.pattern, id);
+        if self.names.get(&group.spec.group) == Some(&id) {
+            self.names.remove(&group.spec.group);
+        }
+        Some(group)
+    }
+
+    fn bury(&mut self, group: u64, pending: Pending, reason: DeadReason, error: Failure, now: SystemTime) {
+        let Some(group) = self.groups.get(&group) else { return };
+        self.next_dead += 1;
+        let letter = DeadLetter {
+            id: self.next_dead.to_string().into(),
+            raw: crate::codec::encode(&pending.event).unwrap_or_default().into(),
+            event: Some(pending.event),
+            error,
+            attempts: pending.attempts,
+            first_failed_at: pending.first_failed.unwrap_or(now),
+            last_failed_at: now,
+            subscription: group.spec.subscription.clone(),
+            group: group.spec.group.clone(),
+            reason,
+            replayed_from: pending.replayed_from,
+        };
+        self.dead.insert(self.next_dead, letter);
+    }
+
+    /// Hands the letter to its group again and removes it; leaves it when the group is gone.
+    fn replay(&mut self, id: u64, now: Duration) -> bool {
+        let Some(letter) = self.dead.get(&id) else { return false };
+        let (Some(group), Some(event)) = (self.names.get(&letter.group).copied(), letter.event.clone()) else { return false };
+        self.position += 1;
+        let pending = Pending {
+            position: self.position,
+            event,
+            published: now,
+            expires: None,
+            attempts: 0,
+            redelivered: true,
+            first_failed: None,
+            replayed_from: Some(letter.id.clone()),
+        };
+        self.on(group, |group| group.push(pending));
+        self.dead.remove(&id);
+        true
+    }
+
+    fn is_idle(&self, now: Duration) -> bool {
+        self.delayed.first_key_value().is_none_or(|((due, _), _)| *due > now)
+            && self.groups.values().filter(|group| group.members > 0).all(|group| {
+                group.is_idle() && group.next_due().is_none_or(|due| due > now)
+            })
+    }
+}

@@ -1,0 +1,119 @@
+//! The bus over the memory transport: the life of a delivery, with time under the test's control.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use polybus_core::bus::new_event;
+use polybus_core::delivery::Failure;
+use polybus_core::handler::{Outcome, from_fn};
+use polybus_core::transport::Outgoing;
+use polybus_core::{Bus, BusOptions, Event, ErrorKind, SubscribeOptions};
+
+fn event(event_type: &str) -> Event {
+    new_event(event_type, br#"{"n":1}"#.as_slice().into(), None, 1 << 20).unwrap()
+}
+
+fn now(event: Event) -> Vec<Outgoing> {
+    vec![Outgoing { event, delay: None, expires_in: None }]
+}
+
+fn test_bus() -> Bus {
+    Bus::new("memory://", BusOptions { virtual_clock: true, ..BusOptions::new("test") }).unwrap()
+}
+
+fn fail() -> Outcome {
+    Outcome::Failed(Failure::new("Oops", "no", ""))
+}
+
+#[tokio::test]
+async fn a_failing_handler_is_retried_then_buried_then_replayed() {
+    let bus = test_bus();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |_| {
+        let run = counted.fetch_add(1, Ordering::SeqCst);
+        async move { if run < 4 { fail() } else { Outcome::Done } }
+    });
+    bus.subscribe("order.*", handler, SubscribeOptions::new("mail")).await.unwrap();
+    bus.publish(now(event("order.placed"))).await.unwrap();
+    bus.idle().await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+    for _ in 0..3 {
+        bus.advance(Duration::from_secs(30)).unwrap();
+        bus.idle().await.unwrap();
+    }
+    assert_eq!(runs.load(Ordering::SeqCst), 4, "three retries, then no more");
+    let dead = bus.dead_letters(Default::default(), None, 10).await.unwrap();
+    assert_eq!((dead.len(), dead[0].attempts, dead[0].reason.as_str()), (1, 4, "exhausted"));
+    assert_eq!(bus.dead_replay(Default::default()).await.unwrap(), 1);
+    bus.idle().await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 5);
+    assert_eq!(bus.dead_count(Default::default()).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_handler_that_never_returns_is_cancelled_and_retried() {
+    let bus = test_bus();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |job| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async move {
+            if job.attempt == 1 {
+                std::future::pending::<()>().await;
+            }
+            Outcome::Done
+        }
+    });
+    let options = SubscribeOptions { timeout: Some(Duration::from_secs(5)), ..SubscribeOptions::new("slow") };
+    let subscription = bus.subscribe("**", handler, options).await.unwrap();
+    bus.publish(now(event("a"))).await.unwrap();
+    while runs.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    bus.advance(Duration::from_secs(6)).unwrap();
+    bus.idle().await.unwrap();
+    bus.advance(Duration::from_secs(2)).unwrap();
+    bus.idle().await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 2);
+    assert_eq!(subscription.counters().timed_out.load(Ordering::SeqCst), 1);
+    assert_eq!(subscription.counters().completed.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn closing_hands_back_without_counting_the_attempt() {
+    let options = || BusOptions::new("test");
+    let first = Bus::new("memory://handback", options()).unwrap();
+    let started = Arc::new(tokio::sync::Notify::new());
+    let ring = started.clone();
+    let stuck = from_fn(move |_| {
+        ring.notify_one();
+        std::future::pending()
+    });
+    first.subscribe("a", stuck, SubscribeOptions::new("s")).await.unwrap();
+    first.publish(now(event("a"))).await.unwrap();
+    started.notified().await;
+    let second = Bus::new("memory://handback", options()).unwrap();
+    let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
+    let handler = from_fn(move |job| {
+        sender.send((job.attempt, job.redelivered)).unwrap();
+        async { Outcome::Done }
+    });
+    second.subscribe("a", handler, SubscribeOptions::new("s")).await.unwrap();
+    first.close(Duration::ZERO).await;
+    let seen = tokio::time::timeout(Duration::from_secs(10), received.recv()).await.unwrap();
+    assert_eq!(seen, Some((1, true)));
+    assert_eq!(first.publish(now(event("a"))).await.unwrap_err().kind(), ErrorKind::BusClosed);
+}
+
+#[tokio::test]
+async fn a_second_subscription_of_one_name_is_refused() {
+    let bus = test_bus();
+    let noop = || from_fn(|_| async { Outcome::Done });
+    let first = bus.subscribe("a", noop(), SubscribeOptions::new("s")).await.unwrap();
+    let error = bus.subscribe("b", noop(), SubscribeOptions::new("s")).await.err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::DuplicateSubscription);
+    first.drain(Duration::from_secs(1)).await;
+    bus.subscribe("b", noop(), SubscribeOptions::new("s")).await.unwrap();
+}
