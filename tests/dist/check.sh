@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# What `make dist` made must install, without a registry, into an empty venv and an empty npm project, and work there.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+here=$root/tests/dist
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" # away from the checkout, so that nothing is found there by accident
+
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install --quiet --no-index "$root"/dist/polybus-*.whl
+venv/bin/python -c 'import polybus, polybus.errors, polybus.testing'
+venv/bin/python "$here/smoke.py" "sqlite:///$work/python.db"
+
+mkdir project && cd project
+echo '{ "name": "empty", "private": true, "type": "module" }' >package.json
+npm install --silent --offline --no-audit --no-fund "$root"/dist/polybus-*.tgz
+cp "$here/smoke.mjs" .
+node -e "import('polybus/testing').then(() => {})"
+node smoke.mjs "sqlite:///$work/node.db"
+
+# The declarations stand on their own, without skipLibCheck.
+echo "import * as polybus from 'polybus'; export default polybus" >types.ts
+ln -s "$root/node_modules/@types" node_modules/@types
+"$root/node_modules/.bin/tsc" --noEmit --strict --target es2022 --lib es2023,esnext.disposable --module nodenext --types node types.ts
+echo 'declarations: ok'
