@@ -61,7 +61,7 @@ build-python: $(PYTHON_BUILT)
 build-node: $(DIST_BUILT)
 
 $(PYTHON_BUILT): $(RUST) $(PYTHON_RUST) $(VENV)
-	VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --release --quiet
+	VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --release --quiet >/dev/null
 	@touch $@
 
 $(ADDON_BUILT): $(RUST) $(NODE_RUST) package.json $(MODULES)
