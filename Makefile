@@ -109,7 +109,7 @@ check: setup build check-rust check-python check-node check-generated deny ## Fo
 check-rust:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --workspace --no-deps --document-private-items --locked --quiet
 
 check-python: build-python
 	$(PY) -m ruff check
@@ -155,7 +155,7 @@ bench/.venv/.installed: $(wildcard bench/requirements.txt bench/package-lock.jso
 	@touch $@
 
 docs: ## The Rust documentation, in the target directory under doc/
-	cargo doc --workspace --no-deps
+	cargo doc --workspace --no-deps --document-private-items
 
 dist: build ## A wheel and an npm tarball with the addon, in dist/
 	rm -rf dist
