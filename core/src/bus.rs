@@ -144,7 +144,8 @@ impl Bus {
             return Err(closed());
         }
         let limit = self.0.options.max_payload_bytes;
-        let failures: Vec<_> = batch.iter_mut().enumerate().filter_map(|(i, o)| Some((i, self.stamp(o, limit).err()?))).collect();
+        let failures: Vec<_> =
+            batch.iter_mut().enumerate().filter_map(|(i, o)| Some((i, self.stamp(o, limit).err()?))).collect();
         if let Some((index, first)) = failures.first() {
             let kind = first.kind();
             let message = format!("event {index} of {}: {}; nothing was published", batch.len(), first.message());
@@ -458,7 +459,13 @@ pub fn new_event(event_type: &str, payload: Bytes, meta: Option<&[u8]>, limit: u
 }
 
 /// A child of `parent`: as [`new_event`], in the parent's chain.
-pub fn child_event(parent: &Event, event_type: &str, payload: Bytes, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
+pub fn child_event(
+    parent: &Event,
+    event_type: &str,
+    payload: Bytes,
+    meta: Option<&[u8]>,
+    limit: usize,
+) -> Result<Event> {
     let event_type = EventType::new(event_type)?;
     codec::check_payload(&payload, limit)?;
     let base = parent.child_meta(SystemTime::now());

@@ -29,9 +29,8 @@ pub fn check_payload(payload: &[u8], limit: usize) -> Result<()> {
         return Err(too_large("payload", payload.len(), limit));
     }
     check_depth(payload, MAX_DEPTH)?;
-    serde_json::from_slice::<IgnoredAny>(payload).map_err(|cause| {
-        Error::invalid_event(format!("the payload is not JSON text: {cause}")).caused_by(cause)
-    })?;
+    serde_json::from_slice::<IgnoredAny>(payload)
+        .map_err(|cause| Error::invalid_event(format!("the payload is not JSON text: {cause}")).caused_by(cause))?;
     // IgnoredAny skips over string contents without looking at their encoding.
     std::str::from_utf8(payload)
         .map_err(|cause| Error::invalid_event("the payload is not UTF-8 text").caused_by(cause))?;

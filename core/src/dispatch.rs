@@ -231,11 +231,30 @@ impl Dispatcher {
     }
 
     /// Another attempt if the policy has one left, else a dead letter. `after` overrules the policy's delay.
-    fn again(&self, lease: Lease, attempt: u32, after: Option<Duration>, failure: Failure, event: &Event) -> Settlement {
+    fn again(
+        &self,
+        lease: Lease,
+        attempt: u32,
+        after: Option<Duration>,
+        failure: Failure,
+        event: &Event,
+    ) -> Settlement {
         Counters::count(&self.counters.failed);
-        log::debug!("{}: attempt {attempt} of {} {} failed: {}", self.rules.label, event.event_type, event.meta.id, failure.kind);
+        log::debug!(
+            "{}: attempt {attempt} of {} {} failed: {}",
+            self.rules.label,
+            event.event_type,
+            event.meta.id,
+            failure.kind
+        );
         if self.rules.broadcast {
-            log::warn!("{}: {} {} failed ({}); broadcast is not retried", self.rules.label, event.event_type, event.meta.id, failure.kind);
+            log::warn!(
+                "{}: {} {} failed ({}); broadcast is not retried",
+                self.rules.label,
+                event.event_type,
+                event.meta.id,
+                failure.kind
+            );
             return Settlement { lease, verdict: Verdict::Ack };
         }
         match self.rules.retry.delay(attempt, fastrand::f64()) {
@@ -255,7 +274,12 @@ impl Dispatcher {
             return Settlement { lease, verdict: Verdict::DeadLetter { reason, failure } };
         }
         Counters::count(&self.counters.dropped);
-        log::warn!("{label}: dropped ({}), dead letters are off: {}: {}", reason.as_str(), failure.kind, failure.message);
+        log::warn!(
+            "{label}: dropped ({}), dead letters are off: {}: {}",
+            reason.as_str(),
+            failure.kind,
+            failure.message
+        );
         Settlement { lease, verdict: Verdict::Ack }
     }
 
@@ -286,7 +310,8 @@ impl Dispatcher {
 
     /// Hands back what no handler has seen.
     fn hand_back(&self, held: &mut Held) {
-        let back = held.buffered.drain(..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
+        let back =
+            held.buffered.drain(..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
         held.unsettled.extend(back);
     }
 
@@ -316,7 +341,11 @@ impl Dispatcher {
     fn count_lost(&self, lost: &[Lease]) {
         if !lost.is_empty() {
             self.counters.leases_lost.fetch_add(lost.len() as u64, Ordering::Relaxed);
-            log::warn!("{}: {} leases were lost; other processes handle these deliveries again", self.rules.label, lost.len());
+            log::warn!(
+                "{}: {} leases were lost; other processes handle these deliveries again",
+                self.rules.label,
+                lost.len()
+            );
         }
     }
 

@@ -123,9 +123,8 @@ where
             let task = tokio::spawn(async move {
                 let outcome = tokio::spawn(async move { run(job).await });
                 let _stop = AbortOnDrop(outcome.abort_handle());
-                let outcome = outcome.await.unwrap_or_else(|cause| {
-                    Outcome::Failed(Failure::new("Panic", cause.to_string(), ""))
-                });
+                let outcome =
+                    outcome.await.unwrap_or_else(|cause| Outcome::Failed(Failure::new("Panic", cause.to_string(), "")));
                 running.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
                 reporter.report([(id, outcome)]);
             });

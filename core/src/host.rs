@@ -98,7 +98,8 @@ impl<T: Send + 'static> Host<T> {
     }
 
     fn poll(&self, key: u64, operation: &mut Operation<T>) -> Option<T> {
-        let waker = Waker::from(Arc::new(OperationWaker { key, queued: AtomicBool::new(false), ready: self.0.ready.clone() }));
+        let waker =
+            Waker::from(Arc::new(OperationWaker { key, queued: AtomicBool::new(false), ready: self.0.ready.clone() }));
         // Timers inside operations need the runtime's context.
         let _context = crate::process::current().runtime.enter();
         match operation.as_mut().poll(&mut Context::from_waker(&waker)) {
@@ -119,7 +120,8 @@ impl<T: Send + 'static> Host<T> {
         let (jobs, more) = {
             let mut queue = lock(&ready.jobs);
             let count = queue.len().min(max);
-            let jobs = if count == queue.len() { std::mem::take(&mut *queue).into() } else { queue.drain(..count).collect() };
+            let jobs =
+                if count == queue.len() { std::mem::take(&mut *queue).into() } else { queue.drain(..count).collect() };
             (jobs, !queue.is_empty())
         };
         if more {

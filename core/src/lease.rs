@@ -64,10 +64,15 @@ impl Shared {
                 return;
             }
             let now = Instant::now();
-            let due: Vec<_> = state.kept.iter_mut().filter(|kept| kept.due <= now).filter_map(|kept| {
-                kept.due = now + kept.every;
-                kept.source.upgrade()
-            }).collect();
+            let due: Vec<_> = state
+                .kept
+                .iter_mut()
+                .filter(|kept| kept.due <= now)
+                .filter_map(|kept| {
+                    kept.due = now + kept.every;
+                    kept.source.upgrade()
+                })
+                .collect();
             if due.is_empty() {
                 let next = state.kept.iter().map(|kept| kept.due).min().unwrap_or(now);
                 let wait = next.saturating_duration_since(now);

@@ -132,7 +132,9 @@ impl BusOptions {
             retry: from.retry("retry")?.unwrap_or(base.retry),
             durability: from.word("durability", &DURABILITIES)?.unwrap_or_default(),
             lease: from.duration("lease_ms", Duration::from_secs(1))?.unwrap_or(base.lease),
-            publish_timeout: from.duration("publish_timeout_ms", Duration::from_millis(1))?.unwrap_or(base.publish_timeout),
+            publish_timeout: from
+                .duration("publish_timeout_ms", Duration::from_millis(1))?
+                .unwrap_or(base.publish_timeout),
             retention: from.duration("retention_ms", Duration::ZERO)?.unwrap_or(base.retention),
             max_age: from.duration("max_age_ms", Duration::from_millis(1))?,
             max_events: from.integer("max_events", 1..=u64::MAX)?,

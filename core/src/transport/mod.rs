@@ -160,8 +160,12 @@ pub trait Transport: Send + Sync + 'static {
     fn delete_group(&self, group: Text) -> Task<Result<bool>>;
 
     /// Dead letters in order of their ids, those after the record `after`, at most `limit`.
-    fn dead_letters(&self, filter: DeadLetterFilter, after: Option<Text>, limit: usize)
-    -> Task<Result<Vec<DeadLetter>>>;
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: Option<Text>,
+        limit: usize,
+    ) -> Task<Result<Vec<DeadLetter>>>;
 
     /// How many there are.
     fn dead_count(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;

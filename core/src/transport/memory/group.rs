@@ -156,7 +156,8 @@ impl Group {
     /// Hands back all that `owner` holds, oldest first in the queue.
     pub fn release_all(&mut self, owner: u64) {
         let held = self.leased.iter().filter(|(_, leased)| leased.owner == owner);
-        let mut held: Vec<_> = held.map(|(position, leased)| Lease { position: *position, token: leased.token }).collect();
+        let mut held: Vec<_> =
+            held.map(|(position, leased)| Lease { position: *position, token: leased.token }).collect();
         held.sort_unstable_by_key(|lease| std::cmp::Reverse(lease.position));
         for lease in held {
             self.release(lease);

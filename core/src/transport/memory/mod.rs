@@ -110,7 +110,8 @@ impl Transport for Memory {
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
         let group = self.store.join(spec);
-        let source = Arc::new(MemorySource { store: self.store.clone(), group, closed: tokio::sync::watch::Sender::new(false) });
+        let source =
+            Arc::new(MemorySource { store: self.store.clone(), group, closed: tokio::sync::watch::Sender::new(false) });
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         sources.retain(|source| source.strong_count() > 0);
         sources.push(Arc::downgrade(&source));

@@ -86,7 +86,9 @@ impl Store {
             if tokio::time::timeout_at(deadline, room).await.is_err() {
                 return Err(Error::new(
                     ErrorKind::BufferFull,
-                    format!("{CAPACITY} events wait for their handlers; nothing was published. Add workers, or publish slower"),
+                    format!(
+                        "{CAPACITY} events wait for their handlers; nothing was published. Add workers, or publish slower"
+                    ),
                 ));
             }
         }
@@ -309,7 +311,8 @@ impl State {
         if let Some(since) = since {
             let born = clock.now() - clock.elapsed();
             let past = self.log.iter().filter(|past| born + past.published >= since);
-            past.filter(|past| spec.pattern.matches(past.event.event_type.as_str())).for_each(|past| group.push(past.clone()));
+            past.filter(|past| spec.pattern.matches(past.event.event_type.as_str()))
+                .for_each(|past| group.push(past.clone()));
         }
         self.load.events += group.load.events;
         self.load.bytes += group.load.bytes;
@@ -324,7 +327,12 @@ impl State {
     fn repattern(&mut self, id: u64, spec: GroupSpec) {
         let Some(group) = self.groups.get_mut(&id) else { return };
         if group.spec.pattern.as_str() != spec.pattern.as_str() {
-            log::warn!("group {} now follows {} instead of {}", spec.group, spec.pattern.as_str(), group.spec.pattern.as_str());
+            log::warn!(
+                "group {} now follows {} instead of {}",
+                spec.group,
+                spec.pattern.as_str(),
+                group.spec.pattern.as_str()
+            );
             self.routes.remove(&group.spec.pattern, id);
             self.routes.insert(&spec.pattern, id);
         }
@@ -364,7 +372,9 @@ impl State {
     /// Hands the letter to its group again and removes it; leaves it when the group is gone.
     fn replay(&mut self, id: u64, now: Duration) -> bool {
         let Some(letter) = self.dead.get(&id) else { return false };
-        let (Some(group), Some(event)) = (self.names.get(&letter.group).copied(), letter.event.clone()) else { return false };
+        let (Some(group), Some(event)) = (self.names.get(&letter.group).copied(), letter.event.clone()) else {
+            return false;
+        };
         self.position += 1;
         let pending = Pending {
             position: self.position,
@@ -383,8 +393,10 @@ impl State {
 
     fn is_idle(&self, now: Duration) -> bool {
         self.delayed.first_key_value().is_none_or(|((due, _), _)| *due > now)
-            && self.groups.values().filter(|group| group.members > 0).all(|group| {
-                group.is_idle() && group.next_due().is_none_or(|due| due > now)
-            })
+            && self
+                .groups
+                .values()
+                .filter(|group| group.members > 0)
+                .all(|group| group.is_idle() && group.next_due().is_none_or(|due| due > now))
     }
 }

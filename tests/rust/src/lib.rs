@@ -1,0 +1,166 @@
+//! The ground on which a transport is tested: a namespace of its own for each test, and handlers that tell what they
+//! saw. Everything waits on signals, with a deadline.
+#![allow(clippy::unwrap_used, reason = "a test that cannot set the stage must fail")]
+#![allow(missing_docs, reason = "test support")]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use polybus_core::bus::new_event;
+use polybus_core::delivery::Failure;
+use polybus_core::handler::{Job, Outcome, from_fn};
+use polybus_core::retry::{Jitter, RetryPolicy};
+use polybus_core::transport::{Outgoing, Receipt};
+use polybus_core::{Bus, BusOptions, Event, Result, SubscribeOptions, Subscription};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// Nothing here takes this long; a test that waits longer has failed.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The transports under test, by the scheme of their URL.
+pub const TRANSPORTS: [&str; 2] = ["memory", "sqlite"];
+
+/// A store that no other test uses, removed afterwards.
+pub struct World {
+    pub url: String,
+    directory: PathBuf,
+}
+
+impl World {
+    pub fn new(transport: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let name =
+            format!("polybus-{}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst), since.subsec_nanos());
+        let directory = std::env::temp_dir().join(&name);
+        std::fs::create_dir(&directory).unwrap();
+        let url = match transport {
+            "memory" => format!("memory://{name}"),
+            "sqlite" => format!("sqlite:///{}/bus.db", directory.display()),
+            other => panic!("no such transport: {other}"),
+        };
+        Self { url, directory }
+    }
+
+    pub fn bus(&self) -> Bus {
+        self.bus_with(BusOptions::new("test"))
+    }
+
+    pub fn bus_with(&self, options: BusOptions) -> Bus {
+        let options = BusOptions { retry: quick(3), ..options };
+        Bus::new(&self.url, options).unwrap()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.directory)); // left over in the temporary directory at worst
+    }
+}
+
+/// Retries without waiting.
+pub fn quick(max_retries: u32) -> RetryPolicy {
+    let wait = Duration::from_millis(5);
+    RetryPolicy { max_retries, initial_delay: wait, max_delay: wait, factor: 1.0, jitter: Jitter::None }
+}
+
+pub fn event(event_type: &str, payload: &str) -> Event {
+    new_event(event_type, payload.as_bytes().to_vec().into(), None, 1 << 20).unwrap()
+}
+
+pub fn outgoing(event: Event) -> Outgoing {
+    Outgoing { event, delay: None, expires_in: None }
+}
+
+pub async fn publish(bus: &Bus, event_type: &str, payload: &str) -> Receipt {
+    bus.publish(vec![outgoing(event(event_type, payload))]).await.unwrap().remove(0)
+}
+
+/// Publishes `count` events of that type whose payloads are their numbers.
+pub async fn publish_numbers(bus: &Bus, event_type: &str, count: usize) {
+    for number in 0..count {
+        publish(bus, event_type, &number.to_string()).await;
+    }
+}
+
+/// What a handler was given, in order.
+pub struct Seen(UnboundedReceiver<Job>);
+
+impl Seen {
+    pub async fn next(&mut self) -> Job {
+        within(self.0.recv()).await.unwrap()
+    }
+
+    pub async fn take(&mut self, count: usize) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        while jobs.len() < count {
+            jobs.push(self.next().await);
+        }
+        jobs
+    }
+
+    /// Waits until each of the numbers below `count` was seen, however often.
+    pub async fn all_numbers(&mut self, count: usize) {
+        let mut missing: std::collections::HashSet<String> = (0..count).map(|number| number.to_string()).collect();
+        while !missing.is_empty() {
+            missing.remove(&payload(&self.next().await));
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+pub fn payload(job: &Job) -> String {
+    String::from_utf8(job.event.payload.to_vec()).unwrap()
+}
+
+/// Subscribes a handler that tells what it saw and then says what `say` answers.
+pub async fn subscribe(
+    bus: &Bus,
+    pattern: &str,
+    options: SubscribeOptions,
+    say: impl Fn(&Job) -> Outcome + Send + Sync + 'static,
+) -> (Subscription, Seen) {
+    let (sender, receiver) = unbounded_channel();
+    let handler = from_fn(move |job: Job| {
+        let outcome = say(&job);
+        drop(sender.send(job)); // nobody listens any more: fine
+        std::future::ready(outcome)
+    });
+    (bus.subscribe(pattern, handler, options).await.unwrap(), Seen(receiver))
+}
+
+/// As [`subscribe`], always content.
+pub async fn listen(bus: &Bus, pattern: &str, name: &str) -> (Subscription, Seen) {
+    subscribe(bus, pattern, SubscribeOptions::new(name), |_| Outcome::Done).await
+}
+
+pub fn failed() -> Outcome {
+    Outcome::Failed(Failure::new("Trouble", "as the test wants", "at test"))
+}
+
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, future).await.expect("the deadline passed")
+}
+
+/// Asks again until `probe` says yes: for what a store tells only when asked.
+pub async fn eventually<P: Future<Output = Result<bool>>>(what: &str, probe: impl Fn() -> P) {
+    let asked = async {
+        while !probe().await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    assert!(tokio::time::timeout(DEADLINE, asked).await.is_ok(), "never happened: {what}");
+}
+
+/// Waits until a group has nothing unfinished.
+pub async fn finished(bus: &Bus, group: &str) {
+    eventually("the group finished", || async {
+        let stats = bus.group_stats(group).await?;
+        Ok(stats.lag + stats.in_flight + stats.retrying == 0)
+    })
+    .await;
+}
