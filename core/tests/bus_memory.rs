@@ -8,7 +8,7 @@ use polybus_core::bus::new_event;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{Outcome, from_fn};
 use polybus_core::transport::Outgoing;
-use polybus_core::{Bus, BusOptions, Event, ErrorKind, SubscribeOptions};
+use polybus_core::{Bus, BusOptions, ErrorKind, Event, SubscribeOptions};
 
 fn event(event_type: &str) -> Event {
     new_event(event_type, br#"{"n":1}"#.as_slice().into(), None, 1 << 20).unwrap()
