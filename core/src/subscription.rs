@@ -7,7 +7,6 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::event::Text;
-use crate::pattern::Pattern;
 
 /// What the holder wants of the dispatcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +57,7 @@ pub struct Subscription {
 pub(crate) struct Facts {
     pub name: Text,
     pub group: Text,
-    pub pattern: Pattern,
+    pub pattern: Text,
     pub counters: Arc<Counters>,
     pub broadcast: bool,
 }
@@ -75,8 +74,8 @@ impl Subscription {
     }
 
     /// Its pattern, as written.
-    pub fn pattern(&self) -> &str {
-        self.facts.pattern.as_str()
+    pub fn pattern(&self) -> &Text {
+        &self.facts.pattern
     }
 
     /// What it did in this process.
