@@ -222,7 +222,7 @@ impl Bus {
         let facts = Facts {
             name: name.clone(),
             group: group.clone(),
-            pattern: pattern.as_str().into(),
+            pattern: pattern.clone(),
             counters: counters.clone(),
             broadcast: options.broadcast,
         };
@@ -285,6 +285,23 @@ impl Bus {
         let session = self.session();
         let known = lock(&session.subscriptions);
         known.iter().filter(|subscription| !subscription.is_ended()).cloned().collect()
+    }
+
+    /// The subscriptions of this process that `event` matches, in order of subscription: those that
+    /// [`Mode::Sync`](crate::options::Mode::Sync) runs. `BusClosed` after close.
+    pub fn matching(&self, event: &Event) -> Result<Vec<Subscription>> {
+        if self.is_closed() {
+            return Err(closed());
+        }
+        let matches = |subscription: &Subscription| subscription.facts.pattern.matches(event.event_type.as_str());
+        Ok(self.subscriptions().into_iter().filter(matches).collect())
+    }
+
+    /// Checks and completes `event` as [`Bus::publish`] does, for a publish that this process handles itself.
+    pub fn prepare(&self, event: Event) -> Result<Event> {
+        let mut outgoing = Outgoing { event, delay: None, expires_in: None };
+        self.stamp(&mut outgoing, self.0.options.max_payload_bytes)?;
+        Ok(outgoing.event)
     }
 
     /// Forgets a durable group, what it had not finished and its dead letters.

@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -73,22 +74,53 @@ fn check_depth(json: &[u8], limit: usize) -> Result<()> {
     Ok(())
 }
 
+/// Where the parts lie in an event's wire form, so that a host can cut them out without parsing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The event type, without its quotes.
+    pub event_type: Range<usize>,
+    /// The payload.
+    pub payload: Range<usize>,
+    /// The meta object.
+    pub meta: Range<usize>,
+    /// The whole event.
+    pub event: Range<usize>,
+}
+
 /// The canonical bytes of `event`. Meta larger than [`MAX_ENVELOPE`] is `PayloadTooLarge`.
 pub fn encode(event: &Event) -> Result<Vec<u8>> {
     let mut out = Vec::with_capacity(event.payload.len() + 512);
-    let mut object = Object::open(&mut out);
-    object.text("type", event.event_type.as_str());
-    object.raw("payload", &event.payload);
-    object.raw_with("meta", |out| encode_meta(out, &event.meta));
-    for (name, value) in &event.extra {
-        object.raw(name, value.get().as_bytes());
-    }
-    object.close();
+    write(&mut out, event);
     let envelope = out.len() - event.payload.len();
     if envelope > MAX_ENVELOPE {
         return Err(too_large("event's meta", envelope, MAX_ENVELOPE));
     }
     Ok(out)
+}
+
+/// Appends the canonical bytes of `event` and says where its parts are.
+pub fn write(out: &mut Vec<u8>, event: &Event) -> Layout {
+    let start = out.len();
+    let mut object = Object::open(out);
+    // An event type has no character that JSON escapes.
+    object.text("type", event.event_type.as_str());
+    let type_end = object.out.len() - 1;
+    object.raw("payload", &event.payload);
+    let payload_end = object.out.len();
+    object.name("meta");
+    let meta_start = object.out.len();
+    encode_meta(object.out, &event.meta);
+    let meta_end = object.out.len();
+    for (name, value) in &event.extra {
+        object.raw(name, value.get().as_bytes());
+    }
+    object.close();
+    Layout {
+        event_type: type_end - event.event_type.as_str().len()..type_end,
+        payload: payload_end - event.payload.len()..payload_end,
+        meta: meta_start..meta_end,
+        event: start..out.len(),
+    }
 }
 
 fn encode_meta(out: &mut Vec<u8>, meta: &Meta) {

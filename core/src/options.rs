@@ -9,7 +9,10 @@ use serde_json::{Map, Value};
 
 use crate::clock::Clock;
 use crate::codec;
+use crate::dead_letter::DeadLetterFilter;
 use crate::error::{Error, Result, nearest};
+use crate::event::Text;
+use crate::pattern::Pattern;
 use crate::retry::{Jitter, RetryPolicy};
 use crate::transport::{Durability, Settings, Start};
 
@@ -119,7 +122,7 @@ impl BusOptions {
         let base = Self::new(check_name("service", &service)?);
         let options = Self {
             bus: check_name("bus", &from.string("bus")?.unwrap_or(base.bus))?,
-            mode: from.word("mode", &[("async", Mode::Async), ("sync", Mode::Sync)])?.unwrap_or_default(),
+            mode: from.word("mode", &MODES)?.unwrap_or_default(),
             worker_count: from.integer("worker_count", 1..=100_000)?.map_or(base.worker_count, |n| n as usize),
             buffer_size: from.integer("buffer_size", 1..=1_000_000)?.map_or(base.buffer_size, |n| n as usize),
             fail_open: from.boolean("fail_open")?.unwrap_or(false),
@@ -156,6 +159,8 @@ impl BusOptions {
         }
     }
 }
+
+const MODES: [(&str, Mode); 2] = [("async", Mode::Async), ("sync", Mode::Sync)];
 
 const DURABILITIES: [(&str, Durability); 5] = [
     ("warn", Durability::Warn),
@@ -213,6 +218,64 @@ impl SubscribeOptions {
         };
         from.finish()?;
         Ok(options)
+    }
+}
+
+/// Options of one publish.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PublishOptions {
+    /// Not delivered before this much time has passed. Default none.
+    pub delay: Option<Duration>,
+    /// Not delivered after this much time has passed. Default none.
+    pub expires_in: Option<Duration>,
+    /// Default the bus's mode.
+    pub mode: Option<Mode>,
+}
+
+impl PublishOptions {
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("publish", json, naming)?;
+        let options = Self {
+            delay: from.duration("delay_ms", Duration::ZERO)?,
+            expires_in: from.duration("expires_in_ms", Duration::from_millis(1))?,
+            mode: from.word("mode", &MODES)?,
+        };
+        from.finish()?;
+        Ok(options)
+    }
+}
+
+/// Which dead letters a call is about, and how many.
+#[derive(Debug, Clone, Default)]
+pub struct DeadLetterQuery {
+    /// Which.
+    pub filter: DeadLetterFilter,
+    /// Only those after this record. Default none.
+    pub after: Option<Text>,
+    /// At most this many. Default 100.
+    pub limit: usize,
+}
+
+impl DeadLetterQuery {
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    ///
+    /// `since` and `before` are milliseconds since 1970; `older_than_ms` is counted back from `now`.
+    pub fn from_json(json: &str, naming: Naming, now: SystemTime) -> Result<Self> {
+        let mut from = Reader::new("dead letter", json, naming)?;
+        let text = |text: Option<String>| text.map(Text::from);
+        let older_than = from.duration("older_than_ms", Duration::ZERO)?;
+        let filter = DeadLetterFilter {
+            id: text(from.string("id")?),
+            group: text(from.string("group")?),
+            pattern: from.string("pattern")?.map(|pattern| Pattern::new(&pattern)).transpose()?,
+            since: from.time("since")?,
+            before: from.time("before")?.or_else(|| older_than.and_then(|age| now.checked_sub(age))),
+        };
+        let after = text(from.string("after")?);
+        let limit = from.integer("limit", 1..=100_000)?.map_or(100, |limit| limit as usize);
+        from.finish()?;
+        Ok(Self { filter, after, limit })
     }
 }
 
@@ -342,6 +405,14 @@ impl Reader {
                 Ok(Some(Start::At(SystemTime::UNIX_EPOCH + since)))
             }
             _ => Err(self.wrong(name, &value, "give \"new\", \"beginning\" or a time")),
+        }
+    }
+
+    fn time(&mut self, name: &'static str) -> Result<Option<SystemTime>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match value.as_f64().filter(|millis| (0.0..1e15).contains(millis)) {
+            Some(millis) => Ok(Some(SystemTime::UNIX_EPOCH + Duration::from_secs_f64(millis / 1000.0))),
+            None => Err(self.wrong(name, &value, "give a time")),
         }
     }
 

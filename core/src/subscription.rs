@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::event::Text;
+use crate::pattern::Pattern;
 
 /// What the holder wants of the dispatcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +58,7 @@ pub struct Subscription {
 pub(crate) struct Facts {
     pub name: Text,
     pub group: Text,
-    pub pattern: Text,
+    pub pattern: Pattern,
     pub counters: Arc<Counters>,
     pub broadcast: bool,
 }
@@ -74,8 +75,8 @@ impl Subscription {
     }
 
     /// Its pattern, as written.
-    pub fn pattern(&self) -> &Text {
-        &self.facts.pattern
+    pub fn pattern(&self) -> &str {
+        self.facts.pattern.as_str()
     }
 
     /// What it did in this process.
