@@ -1,0 +1,300 @@
+//! One file, shared by the processes of one machine.
+//!
+//! | part | its duty |
+//! |---|---|
+//! | [`file`], [`schema`] | from the URL to a file that is ours; the tables |
+//! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
+//! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
+//! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
+//! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`source`], [`broadcast`] | the two kinds of subscription |
+//!
+//! The tables, and so the data structures, are described in [`schema`]; the life of a transaction in [`writer`].
+//!
+//! Only this library may open the file in a process that runs a bus: a second SQLite library would break its locks.
+//! `<db>.lock` and `<db>.bell` lie beside SQLite's own `-wal` and `-shm`; they hold no data.
+
+mod broadcast;
+mod claim;
+mod clock;
+mod dead;
+mod doorbell;
+mod fault;
+mod file;
+mod fork;
+mod group;
+mod guard;
+mod job;
+mod lock;
+mod publish;
+mod retention;
+mod schema;
+mod settle;
+mod source;
+mod store;
+mod writer;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use self::dead::Change;
+use self::job::Made;
+use self::retention::Limits;
+use self::store::Store;
+use crate::dead_letter::{DeadLetter, DeadLetterFilter};
+use crate::error::{Error, Result};
+use crate::event::Text;
+use crate::transport::{
+    Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task, Transport,
+};
+
+pub(super) use self::file::path_of;
+
+/// Longest time that a caller may wait, so that adding it to a clock cannot overflow.
+const FOR_EVER: Duration = Duration::from_secs(86_400 * 365);
+
+struct Sqlite {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<Store>,
+    bus: i64,
+    settings: Settings,
+    limits: Limits,
+    sources: Mutex<Vec<Weak<dyn Source>>>,
+    closed: AtomicBool,
+}
+
+/// Opens the file at `path`, making it if there is none.
+pub(super) fn open(path: PathBuf, settings: Settings) -> Task<Result<Arc<dyn Transport>>> {
+    Box::pin(async move { Shared::open(path, settings).await.map_err(|cause| cause.during("open")) })
+}
+
+impl Shared {
+    async fn open(path: PathBuf, settings: Settings) -> Result<Arc<dyn Transport>> {
+        let full = settings.durability != Durability::Normal;
+        let store = store::open(path, full, settings.allow_network_fs).await?;
+        let name = settings.bus.clone();
+        let bus = match store.write(1, move |tx| Ok(Made::quiet(group::bus(tx, &name)?))).await {
+            Ok(bus) => bus,
+            Err(cause) => {
+                store.leave();
+                return Err(cause);
+            }
+        };
+        let limits =
+            Limits { bus, retention: settings.retention, max_age: settings.max_age, max_events: settings.max_events };
+        store.limits().lock().unwrap_or_else(PoisonError::into_inner).push(limits.clone());
+        let shared = Self { store, bus, settings, limits, sources: Mutex::default(), closed: AtomicBool::new(false) };
+        Ok(Arc::new(Sqlite { shared: Arc::new(shared) }))
+    }
+
+    fn check(&self) -> Result<()> {
+        self.store.check()?;
+        if self.closed.load(Ordering::Acquire) { Err(fault::closed()) } else { Ok(()) }
+    }
+
+    async fn subscribe(&self, spec: GroupSpec) -> Result<Arc<dyn Source>> {
+        self.check()?;
+        let (store, max_payload) = (self.store.clone(), self.settings.max_payload_bytes);
+        let source: Arc<dyn Source> = if spec.broadcast {
+            broadcast::join(store, self.bus, spec, max_payload).await?
+        } else {
+            source::join(store, self.bus, spec, max_payload).await?
+        };
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.retain(|source| source.strong_count() > 0);
+        sources.push(Arc::downgrade(&source));
+        drop(sources);
+        self.check()?; // closed meanwhile: dropping the source leaves the group
+        Ok(source)
+    }
+
+    async fn guarantees(&self) -> Result<Guarantees> {
+        self.check()?;
+        let full = self.store.is_full();
+        let journal: String =
+            self.store.read(|c| Ok(c.query_row("PRAGMA journal_mode", [], |row| row.get(0))?)).await?;
+        let mut warnings = Vec::new();
+        if !full {
+            warnings.push(
+                "a power loss may undo the last publishes (durability normal); set durability to full to keep them"
+                    .to_owned(),
+            );
+        }
+        if self.store.file_system == "tmpfs" {
+            warnings.push("the file is in memory (tmpfs) and does not survive a reboot; put it on a disk".to_owned());
+        }
+        Ok(Guarantees {
+            transport: "sqlite",
+            delivery: "at-least-once",
+            durability: if full { "disk" } else { "process" },
+            ordering: "publish",
+            details: vec![
+                ("sqlite", rusqlite::version().to_owned()),
+                ("journal_mode", journal),
+                ("synchronous", if full { "full" } else { "normal" }.to_owned()),
+                ("file_system", self.store.file_system.clone()),
+                ("path", self.store.path.display().to_string()),
+            ],
+            warnings,
+        })
+    }
+
+    async fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Result<Vec<Receipt>> {
+        self.check()?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let deadline = tokio::time::Instant::now() + timeout.min(FOR_EVER);
+        let (rows, bytes) = publish::encode(&batch)?;
+        drop(batch);
+        let (bus, count) = (self.bus, rows.len());
+        let insert = move |tx: &rusqlite::Connection| Ok(Made::ring(publish::insert(tx, bus, &rows)?));
+        self.store.publish((count, bytes), deadline, insert).await
+    }
+
+    async fn change_dead(&self, filter: DeadLetterFilter, change: Change) -> Result<u64> {
+        self.check()?;
+        let bus = self.bus;
+        let newest = self.store.read(dead::newest).await?;
+        let (mut after, mut total) = (0, 0);
+        loop {
+            let filter = filter.clone();
+            let step = move |tx: &rusqlite::Connection| {
+                let step = dead::step(tx, bus, &filter, change, (after, newest))?;
+                let ring = change == Change::Replay && step.changed > 0;
+                Ok(Made { value: step, ring })
+            };
+            let step = self.store.write(dead::STEP, step).await?;
+            total += step.changed;
+            match step.next {
+                Some(next) => after = next,
+                None => return Ok(total),
+            }
+        }
+    }
+
+    async fn close(&self) {
+        if self.store.check().is_err() || self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let sources = std::mem::take(&mut *self.sources.lock().unwrap_or_else(PoisonError::into_inner));
+        for source in sources.iter().filter_map(Weak::upgrade) {
+            source.close().await;
+        }
+        self.leave();
+        self.store.closed().await;
+    }
+
+    fn leave(&self) {
+        let mut limits = self.store.limits().lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = limits.iter().position(|limits| *limits == self.limits) {
+            limits.swap_remove(index);
+        }
+        drop(limits);
+        self.store.leave();
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.store.check().is_ok() && !self.closed.swap(true, Ordering::AcqRel) {
+            self.leave();
+        }
+    }
+}
+
+/// A boxed future of the shared part, with the name of the call in its errors.
+macro_rules! task {
+    ($self:ident, $name:literal, |$shared:ident| $body:expr) => {{
+        let $shared = $self.shared.clone();
+        Box::pin(async move { async { $body }.await.map_err(|cause: Error| cause.during($name)) })
+    }};
+}
+
+impl Transport for Sqlite {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            durable: true,
+            cross_process: true,
+            ack: true,
+            delayed_retry: true,
+            delayed_publish: true,
+            dead_letters: true,
+            start_position: true,
+            broadcast: true,
+        }
+    }
+
+    fn guarantees(&self) -> Task<Result<Guarantees>> {
+        task!(self, "guarantees", |shared| shared.guarantees().await)
+    }
+
+    fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
+        task!(self, "publish", |shared| shared.publish(batch, timeout).await)
+    }
+
+    fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
+        task!(self, "subscribe", |shared| shared.subscribe(spec).await)
+    }
+
+    fn group_stats(&self, group: Text) -> Task<Result<GroupStats>> {
+        task!(self, "group stats", |shared| {
+            shared.check()?;
+            let bus = shared.bus;
+            shared.store.read(move |connection| group::stats(connection, bus, &group)).await
+        })
+    }
+
+    fn delete_group(&self, group: Text) -> Task<Result<bool>> {
+        task!(self, "delete group", |shared| {
+            shared.check()?;
+            let bus = shared.bus;
+            // Rings so that members find out that their group is gone.
+            shared.store.write(1, move |tx| Ok(Made::ring(group::delete(tx, bus, &group)?))).await
+        })
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: Option<Text>,
+        limit: usize,
+    ) -> Task<Result<Vec<DeadLetter>>> {
+        task!(self, "dead letters", |shared| {
+            shared.check()?;
+            let (bus, max_payload) = (shared.bus, shared.settings.max_payload_bytes);
+            let after = match after {
+                None => 0,
+                Some(id) => dead::parse(&id)
+                    .ok_or_else(|| Error::not_found(format!("there is no dead letter {id:?} to continue after")))?,
+            };
+            shared.store.read(move |connection| dead::list(connection, bus, &filter, after, limit, max_payload)).await
+        })
+    }
+
+    fn dead_count(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        task!(self, "dead letters", |shared| {
+            shared.check()?;
+            let bus = shared.bus;
+            shared.store.read(move |connection| dead::count(connection, bus, &filter)).await
+        })
+    }
+
+    fn dead_replay(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        task!(self, "replay", |shared| shared.change_dead(filter, Change::Replay).await)
+    }
+
+    fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
+        task!(self, "purge", |shared| shared.change_dead(filter, Change::Purge).await)
+    }
+
+    fn close(&self) -> Task<()> {
+        let shared = self.shared.clone();
+        Box::pin(async move { shared.close().await })
+    }
+}

@@ -1,0 +1,113 @@
+//! Storing events.
+
+use rusqlite::Connection;
+
+use super::clock;
+use crate::codec;
+use crate::error::Result;
+use crate::event::Text;
+use crate::transport::{Outgoing, Receipt};
+
+/// An event, encoded on the caller's task so that the writer thread only writes.
+pub(super) struct Row {
+    id: Text,
+    event_type: Text,
+    bytes: Vec<u8>,
+    /// Milliseconds from the commit.
+    delay: Option<i64>,
+    expires_in: Option<i64>,
+}
+
+/// The batch, encoded, and the sum of its bytes. One event that cannot be encoded fails the batch.
+pub(super) fn encode(batch: &[Outgoing]) -> Result<(Vec<Row>, usize)> {
+    let mut total = 0;
+    let mut rows = Vec::with_capacity(batch.len());
+    for out in batch {
+        let bytes = codec::encode(&out.event)?;
+        total += bytes.len();
+        rows.push(Row {
+            id: out.event.meta.id.clone(),
+            event_type: out.event.event_type.text().clone(),
+            bytes,
+            delay: out.delay.filter(|delay| !delay.is_zero()).map(clock::millis),
+            expires_in: out.expires_in.map(clock::millis),
+        });
+    }
+    Ok((rows, total))
+}
+
+/// Appends the batch to the log, the delayed ones to their table.
+pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Receipt>> {
+    let now = clock::wall_ms();
+    let mut append = tx.prepare_cached(
+        "INSERT INTO polybus_events(bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5)",
+    )?;
+    let mut receipts = Vec::with_capacity(rows.len());
+    let mut appended = 0_i64;
+    for row in rows {
+        let expires_at = row.expires_in.map(|after| now + after);
+        let position = match row.delay {
+            None => {
+                appended += 1;
+                Some(append.insert((bus, now, expires_at, &*row.event_type, &row.bytes))?)
+            }
+            Some(delay) => {
+                tx.prepare_cached(
+                    "INSERT INTO polybus_delayed(bus, due_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5)",
+                )?
+                .execute((bus, now + delay, expires_at, &*row.event_type, &row.bytes))?;
+                None
+            }
+        };
+        receipts.push(Receipt { id: row.id.clone(), position });
+    }
+    count(tx, bus, appended)?;
+    Ok(receipts)
+}
+
+/// Moves up to 1,000 due events into the log, oldest first. Returns how many.
+pub(super) fn promote(tx: &Connection, bus: i64) -> Result<usize> {
+    let now = clock::wall_ms();
+    let mut due = tx.prepare_cached(
+        "SELECT id, expires_at, type, event FROM polybus_delayed WHERE bus = ?1 AND due_at <= ?2
+         ORDER BY due_at, id LIMIT 1000",
+    )?;
+    let mut append = tx.prepare_cached(
+        "INSERT INTO polybus_events(bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5)",
+    )?;
+    let mut moved = Vec::new();
+    let mut rows = due.query((bus, now))?;
+    while let Some(row) = rows.next()? {
+        let event_type = row.get_ref(2)?.as_str().map_err(rusqlite::Error::from)?;
+        let event = row.get_ref(3)?.as_blob().map_err(rusqlite::Error::from)?;
+        append.insert((bus, now, row.get::<_, Option<i64>>(1)?, event_type, event))?;
+        moved.push(row.get::<_, i64>(0)?);
+    }
+    for id in &moved {
+        tx.prepare_cached("DELETE FROM polybus_delayed WHERE id = ?1")?.execute([id])?;
+    }
+    count(tx, bus, i64::try_from(moved.len()).unwrap_or(i64::MAX))?;
+    Ok(moved.len())
+}
+
+/// When the next delayed event is due.
+pub(super) fn next_delayed(connection: &Connection, bus: i64) -> Result<Option<i64>> {
+    let mut next = connection.prepare_cached("SELECT min(due_at) FROM polybus_delayed WHERE bus = ?1")?;
+    Ok(next.query_row([bus], |row| row.get(0))?)
+}
+
+/// Keeps the number of events that the bus has, for the user's limit on it.
+pub(super) fn count(tx: &Connection, bus: i64, change: i64) -> Result<()> {
+    if change != 0 {
+        tx.prepare_cached("UPDATE polybus_buses SET kept = kept + ?2 WHERE id = ?1")?.execute((bus, change))?;
+    }
+    Ok(())
+}
+
+/// The newest position in the file.
+pub(super) fn head(connection: &Connection) -> Result<i64> {
+    // Not max(seq): retention may have removed the newest event, and positions are never used again.
+    let mut head = connection
+        .prepare_cached("SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'polybus_events'), 0)")?;
+    Ok(head.query_row([], |row| row.get(0))?)
+}

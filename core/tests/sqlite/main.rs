@@ -1,0 +1,7 @@
+//! The SQLite transport on real files: what the conformance suite cannot know about.
+
+mod deliveries;
+mod files;
+mod keeping;
+mod processes;
+mod support;
