@@ -66,9 +66,31 @@ pub struct Process {
     /// `host-pid-random`: `instanceId` of the events made here, and the owner of leases.
     pub instance_id: Text,
     /// Runs dispatchers and timers; never user code of another language.
-    pub runtime: tokio::runtime::Runtime,
+    pub runtime: Runtime,
     /// Keeps this process's leases alive.
     pub(crate) leases: LeaseKeeper,
+}
+
+/// A tokio runtime that may be dropped anywhere, also on a thread of another runtime, where tokio's own would panic.
+pub struct Runtime(Option<tokio::runtime::Runtime>);
+
+impl std::ops::Deref for Runtime {
+    type Target = tokio::runtime::Runtime;
+
+    fn deref(&self) -> &tokio::runtime::Runtime {
+        match &self.0 {
+            Some(runtime) => runtime,
+            None => unreachable!("taken only by drop"),
+        }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// The context of the calling process, made now if this process id has none.
@@ -99,6 +121,6 @@ impl Process {
             .expect("polybus: the operating system refused to start a thread");
         let leases = LeaseKeeper::new(runtime.handle().clone());
         let instance_id = format!("{host}-{pid}-{:06x}", fastrand::u32(..) & 0xff_ffff).into();
-        Self { instance_id, runtime, leases }
+        Self { instance_id, runtime: Runtime(Some(runtime)), leases }
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use polybus_core::codec::{decode, encode};
 use polybus_core::error::ErrorKind;
 use polybus_core::event::EventType;
 use polybus_core::pattern::{Pattern, PatternIndex};
@@ -130,4 +131,36 @@ fn errors() {
         retryable: kind.is_retryable(),
     });
     assert_eq!(read::<Vec<Row>>("errors.json"), known.collect::<Vec<_>>());
+}
+
+#[test]
+fn codec() {
+    #[derive(Deserialize)]
+    struct File {
+        valid: Vec<Valid>,
+        invalid: Vec<Invalid>,
+    }
+    #[derive(Deserialize)]
+    struct Valid {
+        name: String,
+        wire: String,
+        canonical: Option<String>,
+    }
+    #[derive(Deserialize)]
+    struct Invalid {
+        name: String,
+        wire: String,
+    }
+
+    let file: File = read("codec.json");
+    assert!(file.valid.len() >= 20 && file.invalid.len() >= 20);
+    for Valid { name, wire, canonical } in file.valid {
+        let event = decode(&wire.clone().into(), 1 << 20).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let encoded = String::from_utf8(encode(&event).unwrap()).unwrap();
+        assert_eq!(encoded, canonical.unwrap_or(wire), "{name}");
+    }
+    for Invalid { name, wire } in file.invalid {
+        let error = decode(&wire.into(), 1 << 20).expect_err(&name);
+        assert_eq!(error.kind(), ErrorKind::InvalidEvent, "{name}");
+    }
 }
