@@ -448,14 +448,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A new event: type and payload checked, `meta` (a JSON object with the wire's member names) applied over fresh facts.
 pub fn new_event(event_type: &str, payload: Bytes, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
-    let event_type = EventType::new(event_type)?;
-    codec::check_payload(&payload, limit)?;
-    let base = Meta::new(SystemTime::now());
-    let meta = match meta {
-        None => base,
-        Some(json) => codec::apply_meta(base, json)?,
-    };
-    Ok(Event::new(event_type, payload, meta))
+    build(event_type, payload, Meta::new(SystemTime::now()), meta, limit)
 }
 
 /// A child of `parent`: as [`new_event`], in the parent's chain.
@@ -466,12 +459,17 @@ pub fn child_event(
     meta: Option<&[u8]>,
     limit: usize,
 ) -> Result<Event> {
+    build(event_type, payload, parent.child_meta(SystemTime::now()), meta, limit)
+}
+
+fn build(event_type: &str, payload: Bytes, base: Meta, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
     let event_type = EventType::new(event_type)?;
     codec::check_payload(&payload, limit)?;
-    let base = parent.child_meta(SystemTime::now());
     let meta = match meta {
         None => base,
         Some(json) => codec::apply_meta(base, json)?,
     };
+    // Without white space around it, which the wire does not keep: the same bytes on every transport.
+    let payload = payload.slice_ref(payload.trim_ascii());
     Ok(Event::new(event_type, payload, meta))
 }

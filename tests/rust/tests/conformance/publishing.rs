@@ -218,6 +218,6 @@ async fn payloads_with_nul_and_huge_numbers_survive(world: World) {
     let (_, mut seen) = listen(&bus, "*", "s").await;
     for body in [r#""\u0000""#, "3.14159265358979323846264338327950288", "-0", "1E+2", r#"{"a":1,"a":2}"#, " null "] {
         publish(&bus, "a", body).await;
-        assert_eq!(payload(&seen.next().await), body);
+        assert_eq!(payload(&seen.next().await), body.trim());
     }
 }
