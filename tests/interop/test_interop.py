@@ -1,0 +1,146 @@
+"""Publish in each language, consume in each: identical bytes, ids, headers, dead letters and replay (X43)."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LANGUAGES = ["rust", "python", "node"]
+PAIRS = [(publisher, consumer) for publisher in LANGUAGES for consumer in LANGUAGES]
+DEADLINE = 60
+
+# Text that a parser and a serializer between the ends would change.
+PAYLOAD = '{ "id":123456789012345678901234567890, "price":1.10, "e":1E400, "nul":"\\u0000", "t":"é☃\\u00e9", "__proto__":{} }'
+META = {
+    "partitionKey": "o-1",
+    "idempotencyKey": "order:o-1:placed",
+    "userId": "ü-1",
+    "schemaVersion": 3,
+    "aggregate": {"type": "order", "id": "o-1"},
+    "headers": {"k": "v ☃", "empty": ""},
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+}
+
+
+class Actor:
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._lines: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.wait("ready")
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(json.loads(line))
+
+    def wait(self, key: str) -> dict[str, Any]:
+        """The next line; it must be of that kind."""
+        line = self._lines.get(timeout=DEADLINE)
+        assert key in line, line
+        return line
+
+    def ask(self, key: str, do: str, **facts: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **facts}) + "\n")
+        self._process.stdin.flush()
+        return self.wait(key)[key]
+
+    def end(self) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(DEADLINE)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def commands() -> dict[str, list[str]]:
+    build = ["cargo", "build", "--quiet", "-p", "polybus-conformance", "--bin", "actor", "--message-format=json"]
+    messages = subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    built = [json.loads(line).get("executable") for line in messages]
+    return {
+        "rust": [next(path for path in built if path)],
+        "python": [sys.executable, "tests/interop/actor.py"],
+        "node": ["node", "--import", "tsx", "tests/interop/actor.ts"],
+    }
+
+
+class Stage:
+    def __init__(self, commands: dict[str, list[str]], url: str) -> None:
+        self._commands, self._url = commands, url
+        self._actors: list[Actor] = []
+
+    def actor(self, language: str) -> Actor:
+        self._actors.append(Actor([*self._commands[language], self._url]))
+        return self._actors[-1]
+
+    def end(self) -> None:
+        for actor in self._actors:
+            actor.kill()
+
+
+@pytest.fixture
+def stage(commands: dict[str, list[str]], tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(commands, f"sqlite:///{tmp_path}/bus.db")
+    yield stage
+    stage.end()
+
+
+@pytest.mark.parametrize(("publisher", "consumer"), PAIRS)
+def test_bytes_and_facts_are_the_same(stage: Stage, publisher: str, consumer: str) -> None:
+    giver, taker = stage.actor(publisher), stage.actor(consumer)
+    taker.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
+    id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
+    line = taker.wait("saw")
+    assert line["payload"] == PAYLOAD
+    assert line["attempt"] == 1
+    meta = line["saw"]["meta"]
+    assert line["saw"]["type"] == "order.placed"
+    assert (meta["id"], meta["correlationId"], meta["source"]) == (id, id, publisher)
+    assert {name: meta[name] for name in META} == META
+    assert taker.end() == 0
+    assert giver.end() == 0
+
+
+@pytest.mark.parametrize(("publisher", "consumer"), PAIRS)
+def test_dead_letters_and_replay(stage: Stage, publisher: str, consumer: str) -> None:
+    """A letter that one language buried is listed and replayed by another, to a handler in either."""
+    giver, taker = stage.actor(publisher), stage.actor(consumer)
+    taker.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g", fail=True)
+    id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
+    assert [taker.wait("saw")["attempt"] for _ in range(2)] == [1, 2]
+    taker.ask("unsubscribed", "unsubscribe")  # also waits until the verdict is stored
+    (letter,) = giver.ask("dead", "dead")
+    assert (letter["event"]["meta"]["id"], letter["payload"]) == (id, PAYLOAD)
+    assert (letter["reason"], letter["attempts"], letter["group"]) == ("exhausted", 2, "g")
+    assert letter["error"] == "as the test wants ☃"
+    giver.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
+    assert taker.ask("replayed", "replay") == 1
+    line = giver.wait("saw")
+    assert (line["saw"]["meta"]["id"], line["payload"], line["attempt"]) == (id, PAYLOAD, 1)
+    assert taker.ask("replayed", "replay") == 0
+
+
+@pytest.mark.parametrize("killed", LANGUAGES)
+def test_what_a_killed_process_held_goes_to_another_language(stage: Stage, killed: str) -> None:
+    """X1: killed in mid-handler; the next language has it within two leases, as the second attempt."""
+    victim, giver = stage.actor(killed), stage.actor("rust")
+    victim.ask("subscribed", "subscribe", pattern="n", name="s", group="g", hang=True)
+    giver.ask("published", "publish", type="n", payload="1", meta={})
+    assert victim.wait("saw")["attempt"] == 1
+    victim.kill()
+    heir = stage.actor(LANGUAGES[(LANGUAGES.index(killed) + 1) % 3])
+    heir.ask("subscribed", "subscribe", pattern="n", name="s", group="g")
+    assert heir.wait("saw")["attempt"] == 2
