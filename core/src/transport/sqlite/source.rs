@@ -72,7 +72,8 @@ impl Shared {
                 return Ok(ready);
             }
             let wait = self.claim(max).await?;
-            if wait == Some(Duration::ZERO) {
+            // Something may be ready although this claim found nothing: the claim of a dropped `take` came before it.
+            if wait == Some(Duration::ZERO) || !claim::lock(&self.progress).ready.is_empty() {
                 continue;
             }
             tokio::select! {
