@@ -9,5 +9,102 @@
  */
 export declare const __napiBindingTarget: 'native' | 'wasm32-wasi' | 'wasm32-wasip1'
 
+/** The bridge of one environment. One for each; all its buses share it. */
+export declare class Bridge {
+  /** `wake` is called without arguments, on this thread, when there is something to take. */
+  constructor(wake: () => void)
+  /**
+   * Takes what is ready: finished operations, cancelled jobs, new jobs. Counts and lengths go into `numbers`, texts
+   * are in the string, in the same order.
+   */
+  take(numbers: Float64Array): string
+  /** Reports jobs that are done: pairs of subscription and job. */
+  complete(pairs: Float64Array, count: number): void
+  /** Reports a job that failed. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned. */
+  fail(subscription: number, job: number, kind: number, afterMs: number, name: string, message: string, stack: string): void
+  /** Checks pattern and options of a subscription that is made later. */
+  checkSubscription(pattern: string, options: string): void
+  /** Drops an operation whose outcome is not wanted any more. */
+  forget(key: number): void
+  /** Takes nothing more until `resume`. */
+  pause(subscription: number): void
+  /** Takes again. */
+  resume(subscription: number): void
+  /** Stops taking, waits for running handlers, and ends the subscription. */
+  drain(key: number, subscription: number, timeoutMs: number): string | null
+  /** Forgets a subscription that has ended. */
+  ended(subscription: number): void
+}
+
+/** A bus of the core. */
+export declare class NativeBus {
+  /** `options` is a JSON object. Opens nothing. */
+  constructor(bridge: Bridge, url: string, options: string)
+  /** The URL without its password. */
+  get url(): string
+  /** Name of the service. */
+  get service(): string
+  /** Whether `publish` runs the handlers of this process itself, unless told otherwise. */
+  get isSync(): boolean
+  /** Whether it was closed. */
+  get isClosed(): boolean
+  start(key: number): string | null
+  close(key: number, timeoutMs: number): string | null
+  /**
+   * Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts, or, if all are for
+   * synchronous handling, nothing.
+   */
+  publish(key: number, texts: string, lengths: Float64Array, count: number): string | null
+  /** For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`. */
+  matching(texts: string, lengths: Float64Array): string
+  /** `id` marks the jobs. The output is `{name, group, pattern}`. */
+  subscribe(key: number, id: number, pattern: string, options: string): string | null
+  guarantees(key: number): string | null
+  stats(key: number): string | null
+  /** One subscription's numbers. */
+  subscriptionStats(key: number, id: number): string | null
+  deleteGroup(key: number, group: string): string | null
+  deadList(key: number, query: string): string | null
+  deadCount(key: number, query: string): string | null
+  deadReplay(key: number, query: string): string | null
+  deadPurge(key: number, query: string): string | null
+  /** Test kit: the events published, each as in `decodeEvent`. */
+  published(pattern: string): string
+  /** Test kit: the first event that matches, as in `decodeEvent`. */
+  waitFor(key: number, pattern: string): string | null
+  /** Test kit. */
+  failNext(pattern: string, times: number): void
+  /** Test kit. */
+  duplicateNext(pattern: string, times: number): void
+  /** Test kit. */
+  advance(byMs: number): void
+  /** Test kit. */
+  idle(key: number): string | null
+}
+
+/** The schedule and mode of a publish, checked: whether it is synchronous, or `null` if it does not say. */
+export declare function checkPublishOptions(json: string): boolean | null
+
+/** Checks a retry policy; throws `InvalidConfig`. */
+export declare function checkRetryPolicy(policy: string): void
+
+/** The wire form of a child of the event with the wire form `parent`. */
+export declare function createChild(parent: string, eventType: string, payload: string, meta: string): string
+
+/** The wire form of a new event: type, payload text and meta (a JSON object, or empty) checked. */
+export declare function createEvent(eventType: string, payload: string, meta: string): string
+
+/** Checks a wire form; `[canonical wire form, payload length, meta length]` as JSON. */
+export declare function decodeEvent(wire: string): string
+
+/** The table of kinds: `[class name, code, retryable]`. */
+export declare function errorKinds(): Array<[string, string, boolean]>
+
+/** Whether `pattern` matches `event_type`; throws `InvalidPattern`. */
+export declare function matches(pattern: string, eventType: string): boolean
+
+/** Milliseconds until the attempt after `attempt` (from 1), or `null` to give up; `random` lies in `0..1`. */
+export declare function retryDelay(policy: string, attempt: number, random: number): number | null
+
 /** The version of the Rust core under this package. */
 export declare function version(): string

@@ -773,6 +773,16 @@ if (
   }
 }
 
-const { version } = nativeBinding
+const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, createChild, createEvent, decodeEvent, errorKinds, matches, retryDelay, version } = nativeBinding
+export { Bridge }
+export { NativeBus }
+export { checkPublishOptions }
+export { checkRetryPolicy }
+export { createChild }
+export { createEvent }
+export { decodeEvent }
+export { errorKinds }
+export { matches }
+export { retryDelay }
 export { version }
 export const __napiBindingTarget = __napiLoadedBindingTarget

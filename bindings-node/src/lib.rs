@@ -1,4 +1,13 @@
 //! What TypeScript calls in the core; `bindings-node/native/index.d.ts` is generated from here.
+//!
+//! `bridge` is where one JavaScript environment meets the core, `bus` holds the bound methods, `event` the wire forms
+//! that cross, `options` and `error` the conversions. No policy, no retry and no pattern is decided here.
+
+mod bridge;
+mod bus;
+mod error;
+mod event;
+mod options;
 
 use napi_derive::napi;
 

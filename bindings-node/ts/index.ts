@@ -3,5 +3,50 @@
  *
  * @packageDocumentation
  */
+import { native } from './native.js'
 
-export { version } from '../native/index.js'
+export type { Handler, HandlerContext } from './bridge.js'
+export {
+  type AnyEvents,
+  Bus,
+  type BusOptions,
+  type BusStats,
+  type Draft,
+  type Guarantees,
+  type Logger,
+  type PublishOptions,
+  type Receipt,
+} from './bus.js'
+export type { DeadLetter, DeadLetterFilter, DeadLetterPage, DeadLetters, DeadReason } from './dead-letters.js'
+export {
+  AuthFailed,
+  BufferFull,
+  BusClosed,
+  ConnectionFailed,
+  DuplicateSubscription,
+  HandlerError,
+  HandlerTimeout,
+  InvalidConfig,
+  InvalidEvent,
+  InvalidPattern,
+  type ItemFailure,
+  LeaseLost,
+  NoResponder,
+  NotFound,
+  PayloadTooLarge,
+  PolybusError,
+  type PolybusErrorOptions,
+  PublishTimeout,
+  PublishUnknown,
+  RequestTimeout,
+  SchemaViolation,
+  Unsupported,
+} from './errors.js'
+export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
+export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
+export type { Events, EventsOptions, SubscribeOptions, Subscription, SubscriptionStats } from './subscription.js'
+
+/** The version of the Rust core under this package. */
+export function version(): string {
+  return native.version()
+}

@@ -13,7 +13,7 @@ const subscriptions: Subscription[] = []
 for await (const line of createInterface({ input: process.stdin })) {
   const command = JSON.parse(line)
   if (command.do === 'publish') {
-    const event = Event.create(command.type, undefined, { ...command.meta, raw: Buffer.from(command.payload) })
+    const event = Event.create(command.type, Buffer.from(command.payload), command.meta)
     tell({ published: (await bus.publish(event)).id })
   } else if (command.do === 'subscribe') {
     const handler = async (event: Event<unknown>) => {
@@ -32,7 +32,7 @@ for await (const line of createInterface({ input: process.stdin })) {
   } else if (command.do === 'dead') {
     tell({ dead: (await bus.deadLetters.list({ limit: 100 })).map(described) })
   } else if (command.do === 'replay') {
-    tell({ replayed: await bus.deadLetters.replay() })
+    tell({ replayed: await bus.deadLetters.replay({}) })
   }
 }
 await bus.close()

@@ -1,0 +1,364 @@
+//! The bound methods of a bus: take arguments, clone the handle, call the core, convert the result.
+//!
+//! A method with a `key` is an operation: it returns its JSON text if it is done at once, else `undefined`, and
+//! `Bridge.take` hands the text out later under that key.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use napi::bindgen_prelude::Float64ArraySlice;
+use napi_derive::napi;
+use polybus_core::dead_letter::DeadLetter;
+use polybus_core::error::{Error, Result};
+use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming};
+use polybus_core::subscription::Counters;
+use polybus_core::transport::{GroupStats, Receipt};
+use polybus_core::{Bus, Subscription};
+use serde_json::{Value, json};
+
+use crate::bridge::{Bridge, Output, Shared};
+use crate::error::throw;
+use crate::event;
+use crate::options;
+
+/// A bus of the core.
+#[napi]
+pub struct NativeBus {
+    id: u32,
+    bus: Bus,
+    bridge: Arc<Shared>,
+}
+
+impl NativeBus {
+    fn start_with<F>(&self, key: u32, operation: impl FnOnce(Bus) -> F) -> napi::Result<Option<String>>
+    where
+        F: Future<Output = Output> + Send + 'static,
+    {
+        self.bridge.opened(self.id, &self.bus);
+        self.bridge.start(key, operation(self.bus.clone()))
+    }
+}
+
+#[napi]
+impl NativeBus {
+    /// `options` is a JSON object. Opens nothing.
+    #[napi(constructor)]
+    pub fn new(bridge: &Bridge, url: String, options: String) -> napi::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let options = options::snake(&options).and_then(|json| BusOptions::from_json(&json, Naming::TypeScript));
+        let bus = options.and_then(|options| Bus::new(&url, options)).map_err(throw)?;
+        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), bus, bridge: bridge.shared() })
+    }
+
+    /// The URL without its password.
+    #[napi(getter)]
+    pub fn url(&self) -> String {
+        self.bus.url()
+    }
+
+    /// Name of the service.
+    #[napi(getter)]
+    pub fn service(&self) -> String {
+        self.bus.options().service.clone()
+    }
+
+    /// Whether `publish` runs the handlers of this process itself, unless told otherwise.
+    #[napi(getter)]
+    pub fn is_sync(&self) -> bool {
+        self.bus.options().mode == Mode::Sync
+    }
+
+    /// Whether it was closed.
+    #[napi(getter)]
+    pub fn is_closed(&self) -> bool {
+        self.bus.is_closed()
+    }
+
+    #[napi]
+    pub fn start(&self, key: u32) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move { bus.start().await.map(nothing) })
+    }
+
+    #[napi]
+    pub fn close(&self, key: u32, timeout_ms: f64) -> napi::Result<Option<String>> {
+        let (bridge, id) = (self.bridge.clone(), self.id);
+        self.start_with(key, |bus| async move {
+            bus.close(Duration::from_secs_f64((timeout_ms / 1000.0).clamp(0.0, 1e9))).await;
+            bridge.closed(id);
+            Ok(String::new())
+        })
+    }
+
+    /// Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts, or, if all are for
+    /// synchronous handling, nothing.
+    #[napi]
+    pub fn publish(
+        &self,
+        key: u32,
+        texts: String,
+        lengths: Float64ArraySlice,
+        count: u32,
+    ) -> napi::Result<Option<String>> {
+        let lengths: &[f64] = &lengths;
+        let drafts =
+            event::drafts(texts, &lengths[..count as usize * event::DRAFT], self.bus.options().max_payload_bytes);
+        let batch = all(drafts).map_err(throw)?.into_iter().map(|(outgoing, _)| outgoing).collect();
+        self.start_with(key, |bus| async move { bus.publish(batch).await.map(|receipts| receipts_text(&receipts)) })
+    }
+
+    /// For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`.
+    #[napi]
+    pub fn matching(&self, texts: String, lengths: Float64ArraySlice) -> napi::Result<String> {
+        let lengths: &[f64] = &lengths;
+        let drafts = event::drafts(texts, &lengths[..event::DRAFT], self.bus.options().max_payload_bytes);
+        let matching = all(drafts).and_then(|mut drafts| {
+            let event = self.bus.prepare(drafts.swap_remove(0).0.event)?;
+            let names: Vec<_> = self.bus.matching(&event)?.iter().map(|found| found.name().to_string()).collect();
+            Ok(json!([event::value(&event), names]).to_string())
+        });
+        matching.map_err(throw)
+    }
+
+    /// `id` marks the jobs. The output is `{name, group, pattern}`.
+    #[napi]
+    pub fn subscribe(&self, key: u32, id: u32, pattern: String, options: String) -> napi::Result<Option<String>> {
+        let options = options::subscribe(&options).map_err(throw)?;
+        let handler = self.bridge.handler(id);
+        let bridge = self.bridge.clone();
+        self.start_with(key, |bus| async move {
+            let subscription = bus.subscribe(&pattern, handler, options).await?;
+            let facts = json!({
+                "name": &**subscription.name(),
+                "group": &**subscription.group(),
+                "pattern": subscription.pattern(),
+            });
+            bridge.subscribed(id, subscription);
+            Ok(facts.to_string())
+        })
+    }
+
+    #[napi]
+    pub fn guarantees(&self, key: u32) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move {
+            let found = bus.guarantees().await?;
+            let can = bus.capabilities().await?;
+            let details: serde_json::Map<_, _> =
+                found.details.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
+            Ok(json!({
+                "transport": found.transport,
+                "delivery": found.delivery,
+                "durability": found.durability,
+                "ordering": found.ordering,
+                "details": details,
+                "warnings": found.warnings,
+                "capabilities": {
+                    "durable": can.durable,
+                    "crossProcess": can.cross_process,
+                    "ack": can.ack,
+                    "delayedRetry": can.delayed_retry,
+                    "delayedPublish": can.delayed_publish,
+                    "deadLetters": can.dead_letters,
+                    "startPosition": can.start_position,
+                    "broadcast": can.broadcast,
+                },
+            })
+            .to_string())
+        })
+    }
+
+    #[napi]
+    pub fn stats(&self, key: u32) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move {
+            let stats: Vec<_> =
+                bus.stats().await?.into_iter().map(|stats| stats_value(&stats.subscription, stats.group)).collect();
+            let (published, failed) = bus.publish_counts();
+            Ok(json!({"published": published, "publishFailed": failed, "subscriptions": stats}).to_string())
+        })
+    }
+
+    /// One subscription's numbers.
+    #[napi]
+    pub fn subscription_stats(&self, key: u32, id: u32) -> napi::Result<Option<String>> {
+        let subscription = self.bridge.subscription(id);
+        self.start_with(key, |bus| async move {
+            let Some(subscription) = subscription else {
+                return Err(Error::not_found("the subscription has ended"));
+            };
+            let stats = bus.stats().await?.into_iter().find(|stats| stats.subscription.name() == subscription.name());
+            let group = stats.and_then(|stats| stats.group);
+            Ok(stats_value(&subscription, group).to_string())
+        })
+    }
+
+    #[napi]
+    pub fn delete_group(&self, key: u32, group: String) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move { Ok(bus.delete_group(&group).await?.to_string()) })
+    }
+
+    #[napi]
+    pub fn dead_list(&self, key: u32, query: String) -> napi::Result<Option<String>> {
+        let query = dead_query(&query)?;
+        self.start_with(key, |bus| async move {
+            let letters = bus.dead_letters(query.filter, query.after, query.limit).await?;
+            Ok(Value::from_iter(letters.iter().map(letter_value)).to_string())
+        })
+    }
+
+    #[napi]
+    pub fn dead_count(&self, key: u32, query: String) -> napi::Result<Option<String>> {
+        let query = dead_query(&query)?;
+        self.start_with(key, |bus| async move { Ok(bus.dead_count(query.filter).await?.to_string()) })
+    }
+
+    #[napi]
+    pub fn dead_replay(&self, key: u32, query: String) -> napi::Result<Option<String>> {
+        let query = dead_query(&query)?;
+        self.start_with(key, |bus| async move { Ok(bus.dead_replay(query.filter).await?.to_string()) })
+    }
+
+    #[napi]
+    pub fn dead_purge(&self, key: u32, query: String) -> napi::Result<Option<String>> {
+        let query = dead_query(&query)?;
+        self.start_with(key, |bus| async move { Ok(bus.dead_purge(query.filter).await?.to_string()) })
+    }
+
+    /// Test kit: the events published, each as in `decodeEvent`.
+    #[napi]
+    pub fn published(&self, pattern: String) -> napi::Result<String> {
+        let events = self.bus.published(&pattern).map_err(throw)?;
+        Ok(Value::from_iter(events.iter().map(event::value)).to_string())
+    }
+
+    /// Test kit: the first event that matches, as in `decodeEvent`.
+    #[napi]
+    pub fn wait_for(&self, key: u32, pattern: String) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move { Ok(event::value(&bus.wait_for(&pattern).await?).to_string()) })
+    }
+
+    /// Test kit.
+    #[napi]
+    pub fn fail_next(&self, pattern: String, times: u32) -> napi::Result<()> {
+        self.bus.fail_next(&pattern, times).map_err(throw)
+    }
+
+    /// Test kit.
+    #[napi]
+    pub fn duplicate_next(&self, pattern: String, times: u32) -> napi::Result<()> {
+        self.bus.duplicate_next(&pattern, times).map_err(throw)
+    }
+
+    /// Test kit.
+    #[napi]
+    pub fn advance(&self, by_ms: f64) -> napi::Result<()> {
+        self.bus.advance(Duration::from_secs_f64((by_ms / 1000.0).clamp(0.0, 1e12))).map_err(throw)
+    }
+
+    /// Test kit.
+    #[napi]
+    pub fn idle(&self, key: u32) -> napi::Result<Option<String>> {
+        self.start_with(key, |bus| async move { bus.idle().await.map(nothing) })
+    }
+}
+
+/// The schedule and mode of a publish, checked: whether it is synchronous, or `null` if it does not say.
+#[napi]
+pub fn check_publish_options(json: String) -> napi::Result<Option<bool>> {
+    let options = options::publish(&json).map_err(throw)?;
+    Ok(options.mode.map(|mode| mode == Mode::Sync))
+}
+
+fn dead_query(json: &str) -> napi::Result<DeadLetterQuery> {
+    let query =
+        options::snake(json).and_then(|json| DeadLetterQuery::from_json(&json, Naming::TypeScript, SystemTime::now()));
+    query.map_err(throw)
+}
+
+/// All of them, or an error that lists which are not valid.
+fn all<T>(results: Vec<Result<T>>) -> Result<Vec<T>> {
+    let count = results.len();
+    let (mut good, mut failures) = (Vec::with_capacity(count), Vec::new());
+    for (index, result) in results.into_iter().enumerate() {
+        match result {
+            Ok(value) => good.push(value),
+            Err(error) => failures.push((index, error)),
+        }
+    }
+    match failures.first() {
+        None => Ok(good),
+        Some((_, error)) if count == 1 => Err(error.clone()),
+        Some((index, first)) => {
+            let message = format!("event {index} of {count}: {}; nothing was published", first.message());
+            Err(Error::new(first.kind(), message).during("publish").listing(failures))
+        }
+    }
+}
+
+fn nothing((): ()) -> String {
+    String::new()
+}
+
+fn receipts_text(receipts: &[Receipt]) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(receipts.len() * 64 + 2);
+    text.push('[');
+    for (index, receipt) in receipts.iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        let id = Value::from(&*receipt.id);
+        // Writing into a String cannot fail.
+        let _ = match receipt.position {
+            Some(position) => write!(text, "{comma}{{\"id\":{id},\"position\":{position}}}"),
+            None => write!(text, "{comma}{{\"id\":{id}}}"),
+        };
+    }
+    text.push(']');
+    text
+}
+
+fn stats_value(subscription: &Subscription, group: Option<GroupStats>) -> Value {
+    let count = |counter: fn(&Counters) -> &std::sync::atomic::AtomicU64| {
+        counter(subscription.counters()).load(Ordering::Relaxed)
+    };
+    let (running, buffered) = (count(|c| &c.running), count(|c| &c.buffered));
+    let group = group.unwrap_or_default();
+    json!({
+        "name": &**subscription.name(),
+        "group": &**subscription.group(),
+        "pattern": subscription.pattern(),
+        "pending": group.lag + group.in_flight + group.retrying,
+        "lag": group.lag,
+        "inFlight": group.in_flight,
+        "retrying": group.retrying,
+        "dead": group.dead,
+        "expired": group.expired,
+        "oldestAgeMs": group.oldest.map(|age| age.as_millis() as u64),
+        "running": running,
+        "buffered": buffered,
+        "completed": count(|c| &c.completed),
+        "failed": count(|c| &c.failed),
+        "retried": count(|c| &c.retried),
+        "deadLettered": count(|c| &c.dead_lettered),
+        "dropped": count(|c| &c.dropped),
+        "released": count(|c| &c.released),
+        "timedOut": count(|c| &c.timed_out),
+        "leasesLost": count(|c| &c.leases_lost),
+        "busyMs": count(|c| &c.busy_micros) as f64 / 1000.0,
+    })
+}
+
+fn letter_value(letter: &DeadLetter) -> Value {
+    let millis = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+    json!({
+        "id": &*letter.id,
+        "event": letter.event.as_ref().map(event::value),
+        "raw": letter.raw.iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+        "error": {"type": letter.error.kind, "message": letter.error.message, "stack": letter.error.stack},
+        "attempts": letter.attempts,
+        "firstFailedAt": millis(letter.first_failed_at),
+        "lastFailedAt": millis(letter.last_failed_at),
+        "subscription": &*letter.subscription,
+        "group": &*letter.group,
+        "reason": letter.reason.as_str(),
+        "replayedFrom": letter.replayed_from.as_deref(),
+    })
+}

@@ -1,0 +1,306 @@
+/**
+ * Where this JavaScript environment meets the core: wakes, takes, runs handlers, reports.
+ *
+ * The addon wakes us once for each burst; {@link Bridge.drain} pulls everything, and outcomes go back together. There is
+ * one bridge for each environment (main thread or worker), kept in `globalThis` so that a reloaded module finds it.
+ *
+ * @module
+ */
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { setInterval } from 'node:timers'
+import { BusClosed, Failed, fromNative, HandlerTimeout, LeaseLost } from './errors.js'
+import { deliver, type Received } from './event.js'
+import { failureOf } from './json.js'
+import { native } from './native.js'
+import { isReject, isRetry } from './retry.js'
+
+/** What a handler is given beside the event. */
+export interface HandlerContext {
+  /** Aborted when the handler's outcome no longer counts: timeout, lost lease, close. The reason is the error. */
+  readonly signal: AbortSignal
+}
+
+/** What a subscription runs. Return = done, throw = retry by policy, then dead letter. */
+export type Handler<T = any> = (event: Received<T>, context: HandlerContext) => unknown
+
+// As in bindings-node/src/bridge.rs.
+const HEAD = 4
+const JOB = 9
+const CANCELLED = 3
+const FINISHED = 3
+/** Numbers for one event to publish: kind, and the lengths of type, payload, meta, options. */
+export const DRAFT = 5
+const MOST_JOBS = 256
+const MOST_DONE = 1024
+/** How an outcome is reported. */
+const FAILED = 0
+const RETRY = 1
+const REJECTED = 2
+const ABANDONED = 3
+
+/** Thrown by our own handlers to hand a delivery back. */
+export const HAND_BACK = Symbol('hand back')
+
+/** Aborts a context's signal. */
+let abort: (context: Context, reason: number) => void
+
+/** One running job. The controller is made on first touch: it costs more than the rest of the job. */
+class Context implements HandlerContext {
+  #controller: AbortController | undefined
+  #reason: Error | undefined
+
+  static {
+    abort = (context, reason) => {
+      context.#reason = reasonOf(reason)
+      context.#controller?.abort(context.#reason)
+    }
+  }
+
+  constructor(
+    /** @internal */ readonly runner: Runner,
+    /** @internal */ readonly job: number,
+  ) {}
+
+  get signal(): AbortSignal {
+    if (this.#controller === undefined) {
+      this.#controller = new AbortController()
+      if (this.#reason !== undefined) this.#controller.abort(this.#reason)
+    }
+    return this.#controller.signal
+  }
+}
+
+function reasonOf(reason: number): Error {
+  if (reason === 0) return new HandlerTimeout('the handler ran longer than its timeout')
+  if (reason === 1) return new LeaseLost('another process has the delivery now; this outcome is refused')
+  return new BusClosed('the bus is closing; the delivery was handed back')
+}
+
+/** A subscription, as the bridge sees it. */
+export class Runner {
+  /** Set when the subscription is made. */
+  group = ''
+  readonly jobs = new Map<number, Context>()
+
+  constructor(
+    readonly id: number,
+    readonly name: string,
+    readonly handler: Handler,
+  ) {}
+}
+
+interface Waiting {
+  resolve(text: string): void
+  reject(failure: unknown): void
+}
+
+/** The bridge of this environment. */
+export class Bridge {
+  readonly #native: InstanceType<typeof native.Bridge>
+  readonly #numbers = new Float64Array(HEAD + JOB * MOST_JOBS)
+  readonly #done = new Float64Array(2 * MOST_DONE)
+  #doneCount = 0
+  #flushing = false
+  readonly #waiting = new Map<number, Waiting>()
+  #lastKey = 0
+  readonly #runners = new Map<number, Runner>()
+  #lastRunner = 0
+  #holds = 0
+  #holder: NodeJS.Timeout | undefined
+
+  constructor() {
+    this.#native = new native.Bridge(() => this.#drain())
+  }
+
+  /** The bound object, for the constructor of a bus. */
+  get native(): InstanceType<typeof native.Bridge> {
+    return this.#native
+  }
+
+  /**
+   * Runs an operation of the addon; resolves to its JSON text. The process lives until it is done.
+   *
+   * Rejects with what {@link fromNative} takes, so that the caller's own async function makes the error.
+   */
+  operation(start: (key: number) => string | null): Promise<string> | string {
+    do this.#lastKey = (this.#lastKey + 1) >>> 0
+    while (this.#waiting.has(this.#lastKey))
+    const key = this.#lastKey
+    const text = start(key)
+    if (text !== null) return text
+    this.hold()
+    return new Promise<string>((resolve, reject) => this.#waiting.set(key, { resolve, reject }))
+  }
+
+  /** Drops an operation whose outcome nobody waits for any more; its promise stays pending. */
+  forget(key: number): void {
+    if (!this.#waiting.delete(key)) return
+    this.#native.forget(key)
+    this.release()
+  }
+
+  /** Keeps the process alive until {@link Bridge.release}. */
+  hold(): void {
+    if (this.#holds++ > 0) return
+    // A referenced timer is what holds a Node process; this one never does anything.
+    this.#holder ??= setInterval(() => {}, 2 ** 31 - 1)
+    this.#holder.ref()
+  }
+
+  /** Ends one {@link Bridge.hold}. */
+  release(): void {
+    if (--this.#holds === 0) this.#holder?.unref()
+  }
+
+  /** A runner for a new subscription. */
+  runner(name: string, handler: Handler): Runner {
+    do this.#lastRunner = (this.#lastRunner + 1) >>> 0
+    while (this.#runners.has(this.#lastRunner))
+    const runner = new Runner(this.#lastRunner, name, handler)
+    this.#runners.set(runner.id, runner)
+    return runner
+  }
+
+  /** Forgets the runner of a subscription that has ended. */
+  ended(runner: Runner): void {
+    this.#runners.delete(runner.id)
+    this.#native.ended(runner.id)
+  }
+
+  /** Called by the addon when something is ready. */
+  #drain(): void {
+    const numbers = this.#numbers
+    let more = true
+    while (more) {
+      const text = this.#native.take(numbers)
+      const finished = numbers[0] as number
+      const cancelled = numbers[1] as number
+      const jobs = numbers[2] as number
+      more = numbers[3] === 1
+      let at = HEAD
+      let start = 0
+      for (let n = 0; n < finished; n++, at += FINISHED) {
+        const end = start + (numbers[at + 2] as number)
+        this.#finish(numbers[at] as number, numbers[at + 1] === 1, text.substring(start, end))
+        start = end
+      }
+      for (let n = 0; n < cancelled; n++, at += CANCELLED) {
+        const context = this.#runners.get(numbers[at] as number)?.jobs.get(numbers[at + 1] as number)
+        if (context !== undefined) abort(context, numbers[at + 2] as number)
+      }
+      let runner: Runner | undefined
+      for (let n = 0; n < jobs; n++, at += JOB) {
+        const end = start + (numbers[at + 8] as number)
+        const subscription = numbers[at] as number
+        const job = numbers[at + 1] as number
+        if (runner?.id !== subscription) runner = this.#runners.get(subscription)
+        if (runner === undefined) {
+          this.#native.fail(subscription, job, ABANDONED, 0, '', '', '')
+        } else {
+          const event = deliver(
+            text.substring(start, end),
+            numbers[at + 5] as number,
+            numbers[at + 6] as number,
+            numbers[at + 7] as number,
+            numbers[at + 2] as number,
+            numbers[at + 3] === 1,
+            runner.group,
+            numbers[at + 4] as number,
+          )
+          this.#run(runner, job, event)
+        }
+        start = end
+      }
+    }
+  }
+
+  #finish(key: number, ok: boolean, text: string): void {
+    const waiting = this.#waiting.get(key)
+    if (waiting === undefined) return
+    this.#waiting.delete(key)
+    this.release()
+    if (ok) waiting.resolve(text)
+    else waiting.reject(new Failed(text))
+  }
+
+  #run(runner: Runner, job: number, event: Received): void {
+    const context = new Context(runner, job)
+    runner.jobs.set(job, context)
+    try {
+      const result = runner.handler(event, context)
+      if (isThenable(result)) {
+        Promise.resolve(result).then(
+          () => this.#succeeded(context),
+          (error) => this.#failed(context, error),
+        )
+      } else {
+        this.#succeeded(context)
+      }
+    } catch (error) {
+      this.#failed(context, error)
+    }
+  }
+
+  #succeeded({ runner, job }: Context): void {
+    runner.jobs.delete(job)
+    this.#done[2 * this.#doneCount] = runner.id
+    this.#done[2 * this.#doneCount + 1] = job
+    if (++this.#doneCount === MOST_DONE) this.#flush()
+    if (!this.#flushing) {
+      this.#flushing = true
+      queueMicrotask(() => {
+        this.#flushing = false
+        this.#flush()
+      })
+    }
+  }
+
+  #flush(): void {
+    if (this.#doneCount === 0) return
+    const count = this.#doneCount
+    this.#doneCount = 0
+    this.#native.complete(this.#done, count)
+  }
+
+  #failed({ runner, job }: Context, error: unknown): void {
+    runner.jobs.delete(job)
+    this.#flush()
+    if (error === HAND_BACK) {
+      this.#native.fail(runner.id, job, ABANDONED, 0, '', '', '')
+      return
+    }
+    const { name, message, stack } = failureOf(error)
+    if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack)
+    else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack)
+  }
+}
+
+/** Whether `value` can be awaited. A getter of the user may throw. */
+export function isThenable(value: unknown): value is PromiseLike<unknown> {
+  return typeof value === 'object' && value !== null && typeof (value as PromiseLike<unknown>).then === 'function'
+}
+
+// The wake must not run in the context of whoever happened to use the bus first, such as a request.
+const atRoot = AsyncLocalStorage.snapshot()
+const registry = globalThis as { [key: symbol]: { version: string; bridge: Bridge } | undefined }
+const REGISTRY = Symbol.for('polybus.v1')
+
+/** The bridge of this environment, made on first use. */
+export function bridge(): Bridge {
+  const version = native.version()
+  let entry = registry[REGISTRY]
+  if (entry?.version !== version) {
+    entry = { version, bridge: atRoot(() => new Bridge()) }
+    registry[REGISTRY] = entry
+  }
+  return entry.bridge
+}
+
+/** Awaits an operation; its failure becomes an error whose stack is the caller's. */
+export async function run(start: (key: number) => string | null): Promise<string> {
+  try {
+    return await bridge().operation(start)
+  } catch (failure) {
+    throw fromNative(failure)
+  }
+}

@@ -1,0 +1,530 @@
+/**
+ * The bus.
+ *
+ * @module
+ */
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { bridge, type Handler, type HandlerContext, type Runner, run } from './bridge.js'
+import { DeadLetters } from './dead-letters.js'
+import { call, HandlerError, InvalidConfig, InvalidEvent } from './errors.js'
+import { type Cut, Event, type MetaInput, uncutDelivered, wireOf } from './event.js'
+import { describe, metaText, optionsText, payloadText } from './json.js'
+import { native } from './native.js'
+import type { RetryPolicy } from './retry.js'
+import {
+  DRAIN_MS,
+  Events,
+  type EventsOptions,
+  type SubscribeOptions,
+  Subscription,
+  type SubscriptionStats,
+} from './subscription.js'
+
+/** Where log records go: `console`, pino, winston and others fit. */
+export interface Logger {
+  debug?(message: string): void
+  info?(message: string): void
+  warn(message: string): void
+  error(message: string): void
+}
+
+/** Options of a bus. Durations are in milliseconds. */
+export interface BusOptions {
+  /** Name of the service: `source` of its events and prefix of its groups. */
+  service: string
+  /** Buses inside one store do not see each other. Default `default`. */
+  bus?: string
+  /** `sync`: publish runs this process's matching handlers and returns when they ended. Default `async`. */
+  mode?: 'async' | 'sync'
+  /** Default concurrency of a subscription. Default 10. */
+  workerCount?: number
+  /** Most deliveries that one subscription holds in this process. Default 1000. */
+  bufferSize?: number
+  /** A publish that fails in the transport is logged and counted, not thrown. Default false. */
+  failOpen?: boolean
+  /** Largest payload, on publish and on consume. Default 1 MiB. */
+  maxPayloadBytes?: number
+  /** Where log records go. Default `console`, warnings and errors. */
+  logger?: Logger
+  /** Default policy of the subscriptions. */
+  retry?: RetryPolicy
+  /** What a confirmed publish must survive. Default `warn`: the transport's safest setting, and a warning if the store cannot keep it. */
+  durability?: 'warn' | 'required' | 'off' | 'full' | 'normal'
+  /** How long a delivery stays ours without a heartbeat, at least 1000. Default 30 000. */
+  leaseMs?: number
+  /** Longest wait of one publish. Default 10 000. */
+  publishTimeoutMs?: number
+  /** How long an event is kept after every group finished it. Default 1 h. */
+  retentionMs?: number
+  /** Events older than this are dropped even if a group has not finished them. Default none. */
+  maxAgeMs?: number
+  /** Most events kept, likewise. Default none. */
+  maxEvents?: number
+  /** Open a file on a network file system. Default false. */
+  allowNetworkFs?: boolean
+}
+
+/** Options of one publish. */
+export interface PublishOptions {
+  /** Not delivered before this much time has passed. */
+  delayMs?: number
+  /** Not delivered after this much time has passed. */
+  expiresInMs?: number
+  /** Default the bus's mode. */
+  mode?: 'async' | 'sync'
+}
+
+/** An event for {@link Bus.publishMany}. */
+export interface Draft<T = any> extends Omit<PublishOptions, 'mode'> {
+  type: string
+  payload: T
+  meta?: MetaInput
+}
+
+/** Says that an event was accepted. */
+export interface Receipt {
+  /** The event's id. */
+  readonly id: string
+  /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
+  readonly position?: number
+}
+
+/** What holds on the live store, as measured. */
+export interface Guarantees {
+  readonly transport: string
+  readonly delivery: 'at-least-once' | 'at-most-once'
+  /** What a confirmed publish survives: nothing, a killed process, power loss. */
+  readonly durability: 'none' | 'process' | 'disk'
+  readonly ordering: string
+  readonly details: Readonly<Record<string, string>>
+  /** Settings that weaken the promise, each with what to do. */
+  readonly warnings: readonly string[]
+  readonly capabilities: {
+    readonly durable: boolean
+    readonly crossProcess: boolean
+    readonly ack: boolean
+    readonly delayedRetry: boolean
+    readonly delayedPublish: boolean
+    readonly deadLetters: boolean
+    readonly startPosition: boolean
+    readonly broadcast: boolean
+  }
+}
+
+/** The numbers of a bus in this process, and of its subscriptions' groups. */
+export interface BusStats {
+  readonly published: number
+  readonly publishFailed: number
+  readonly subscriptions: readonly SubscriptionStats[]
+}
+
+/** Payload types by event type; by default any payload under any type. */
+export type AnyEvents = Record<string, any>
+/** The types of a map of events. */
+export type TypeOf<E> = Extract<keyof E, string>
+
+/** A runtime that lacks the symbol cannot say `await using`, but what compilers make of it finds this one. */
+const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
+
+interface Registration {
+  pattern: string
+  handler: Handler
+  options: SubscribeOptions
+  name: string
+  subscribed: Promise<unknown> | undefined
+}
+
+/** A subscription that runs, or is being made. */
+interface Live {
+  readonly runner: Runner
+  /** Whether it keeps the process alive. */
+  holds: boolean
+  ended(): void
+}
+
+/** The bound object of a bus, for the test kit. */
+export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
+
+/** The bus whose handler is running: for `close` from inside one. */
+const inside = new AsyncLocalStorage<Bus<any>>()
+
+/**
+ * An event bus. Nothing is opened until it is used.
+ *
+ * `E` may map event types to payloads (`new Bus<{ 'order.placed': OrderPlaced }>(…)`): `publish` then takes only these,
+ * and `on` with an exact type knows the payload.
+ */
+export class Bus<E extends object = AnyEvents> {
+  readonly #native: InstanceType<typeof native.NativeBus>
+  readonly #sync: boolean
+  readonly #registered: Registration[] = []
+  readonly #live = new Set<Live>()
+  #running = false
+  #held = true
+  /** Dead letters: list, get, replay, purge, count. */
+  readonly deadLetters: DeadLetters
+
+  static {
+    nativeOf = (bus) => bus.#native
+    Object.defineProperty(Bus.prototype, asyncDispose, { value: dispose, writable: true, configurable: true })
+  }
+
+  /**
+   * @param url `sqlite:///path`, `memory://` or `memory://name`; default `memory://`.
+   * @throws InvalidConfig for a URL or option that can never work.
+   */
+  constructor(url?: string, options?: BusOptions) {
+    const { logger, ...rest } = (options ?? {}) as BusOptions
+    if (logger !== undefined && typeof logger?.warn !== 'function')
+      throw new InvalidConfig('logger needs the methods warn and error')
+    const text = optionsText(rest, 'bus')
+    this.#native = call(() => new native.NativeBus(bridge().native, url ?? 'memory://', text))
+    this.#sync = this.#native.isSync
+    this.deadLetters = new DeadLetters((what, query) => run((key) => this.#native[what](key, query)))
+  }
+
+  /** The URL without its password. */
+  get url(): string {
+    return this.#native.url
+  }
+
+  /** Name of the service. */
+  get service(): string {
+    return this.#native.service
+  }
+
+  /**
+   * Opens the transport and starts the subscriptions made with {@link Bus.on}. Resolves to the bus, so that
+   * `await using bus = await new Bus(…).start()` closes it at the end of the block. May be called after `close`.
+   */
+  async start(): Promise<this> {
+    await run((key) => this.#native.start(key))
+    this.#running = true
+    const started = this.#registered.map((registration) => this.#begin(registration))
+    const failed = (await Promise.allSettled(started)).find((result) => result.status === 'rejected')
+    if (failed !== undefined) throw failed.reason
+    return this
+  }
+
+  /**
+   * Stops intake, waits up to `timeoutMs` (default 10 000) for running handlers, then aborts their signals and hands
+   * their deliveries back without counting the attempt. Everything fails with `BusClosed` afterwards, until `start`.
+   *
+   * From inside one of its own handlers it begins to close and returns at once: the handler cannot wait for itself.
+   */
+  async close({ timeoutMs = DRAIN_MS }: { timeoutMs?: number } = {}): Promise<void> {
+    checkTimeout(timeoutMs)
+    this.#running = false
+    const closing = run((key) => this.#native.close(key, timeoutMs)).then(() => {
+      for (const live of [...this.#live]) live.ended()
+    })
+    if (inside.getStore() === this) return
+    await closing
+  }
+
+  /** For `await using`: closes the bus. */
+  declare readonly [Symbol.asyncDispose]: () => Promise<void>
+
+  /**
+   * Subscribes when the bus starts; at once if it runs already, and then {@link Bus.start} waits for it and throws its
+   * error.
+   *
+   * @throws InvalidConfig, InvalidPattern, DuplicateSubscription at once.
+   */
+  on<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>): this
+  on<K extends TypeOf<E>>(pattern: K, options: SubscribeOptions, handler: Handler<E[K]>): this
+  on<T = any>(pattern: string, handler: Handler<T>): this
+  on<T = any>(pattern: string, options: SubscribeOptions, handler: Handler<T>): this
+  on(pattern: string, optionsOrHandler: SubscribeOptions | Handler, maybeHandler?: Handler): this {
+    const [options, handler] =
+      typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
+    const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
+    this.#registered.push(registration)
+    // `start` reports the failure.
+    if (this.#running) this.#begin(registration).catch(() => {})
+    return this
+  }
+
+  #begin(registration: Registration): Promise<unknown> {
+    const { pattern, handler, options } = registration
+    registration.subscribed ??= this.#subscribe(pattern, handler, options, () => {
+      registration.subscribed = undefined
+    }).catch((error) => {
+      registration.subscribed = undefined
+      throw error
+    })
+    return registration.subscribed
+  }
+
+  /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
+  subscribe<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>, options?: SubscribeOptions): Promise<Subscription>
+  subscribe<T = any>(pattern: string, handler: Handler<T>, options?: SubscribeOptions): Promise<Subscription>
+  async subscribe(pattern: string, handler: Handler, options?: SubscribeOptions): Promise<Subscription> {
+    const checked = this.#check(pattern, handler, options)
+    return await this.#subscribe(checked.pattern, checked.handler, checked.options)
+  }
+
+  #check(
+    pattern: unknown,
+    handler: unknown,
+    given: unknown,
+  ): { pattern: string; handler: Handler; options: SubscribeOptions; name: string } {
+    if (typeof handler !== 'function')
+      throw new InvalidConfig(`the handler must be a function, not ${describeValue(handler)}`)
+    if (typeof pattern !== 'string')
+      throw new InvalidConfig(`the pattern must be a string, not ${describeValue(pattern)}`)
+    if (given !== undefined && (typeof given !== 'object' || given === null)) {
+      throw new InvalidConfig(`subscription options must be an object, not ${describeValue(given)}`)
+    }
+    const options = { ...(given as SubscribeOptions) }
+    options.name ??= handler.name
+    if (options.name === '') {
+      throw new InvalidConfig('the handler has no name; pass one, like { name: "audit" }: it names the durable group')
+    }
+    if (options.start instanceof Date) options.start = options.start.getTime()
+    call(() => bridge().native.checkSubscription(pattern, optionsText(options, 'subscription')))
+    return { pattern, handler: handler as Handler, options, name: options.name }
+  }
+
+  async #subscribe(
+    pattern: string,
+    handler: Handler,
+    options: SubscribeOptions,
+    onEnd?: () => void,
+  ): Promise<Subscription> {
+    const home = bridge()
+    const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    const live: Live = {
+      runner,
+      holds: this.#held,
+      ended: () => {
+        if (!this.#live.delete(live)) return
+        home.ended(runner)
+        if (live.holds) home.release()
+        onEnd?.()
+      },
+    }
+    this.#live.add(live)
+    if (live.holds) home.hold()
+    try {
+      const facts = JSON.parse(
+        await run((key) => this.#native.subscribe(key, runner.id, pattern, optionsText(options, 'subscription'))),
+      )
+      runner.group = facts.group
+      return new Subscription(facts, {
+        pause: () => home.native.pause(runner.id),
+        resume: () => home.native.resume(runner.id),
+        drain: async (timeoutMs) => {
+          checkTimeout(timeoutMs)
+          const drained = run((key) => home.native.drain(key, runner.id, timeoutMs)).then(live.ended)
+          if (inside.getStore() === this) return
+          await drained
+        },
+        stats: async () => JSON.parse(await run((key) => this.#native.subscriptionStats(key, runner.id))),
+      })
+    } catch (error) {
+      live.ended()
+      throw error
+    }
+  }
+
+  /**
+   * Stores an event and resolves when it is as safe as the transport makes it.
+   *
+   * A `Uint8Array` payload, such as {@link Event.raw}, is JSON text and is sent byte for byte.
+   *
+   * @throws InvalidEvent, PayloadTooLarge, BusClosed, PublishTimeout (nothing stored), PublishUnknown (perhaps stored),
+   * ConnectionFailed, BufferFull; in `sync` mode HandlerError with the first failure as its cause.
+   */
+  publish(event: Event, options?: PublishOptions): Promise<Receipt>
+  publish<K extends TypeOf<E>>(
+    type: K,
+    payload: E[K] | Uint8Array,
+    meta?: MetaInput,
+    options?: PublishOptions,
+  ): Promise<Receipt>
+  async publish(first: string | Event, second?: unknown, meta?: MetaInput, options?: PublishOptions): Promise<Receipt> {
+    const batch = new Batch()
+    let sync = this.#sync
+    if (typeof first === 'string') {
+      const schedule = options === undefined ? '' : optionsText(options, 'publish')
+      if (schedule !== '') sync = modeOf(schedule) ?? sync
+      batch.add(first, payloadText(second), metaText(meta), schedule)
+    } else {
+      const schedule = second === undefined ? '' : optionsText(second as object, 'publish')
+      if (schedule !== '') sync = modeOf(schedule) ?? sync
+      batch.addEvent(first, schedule)
+    }
+    if (sync) return await this.#handle(batch)
+    const [receipt] = JSON.parse(await this.#send(batch))
+    return receipt
+  }
+
+  /**
+   * Stores all events, in order, or none: the error's `failures` say which were not accepted and why.
+   */
+  async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {
+    if (!Array.isArray(events)) throw new InvalidEvent('publishMany takes an array of events')
+    if (this.#sync) {
+      const receipts = []
+      for (const event of events) receipts.push(await this.#handle(Batch.of([event])))
+      return receipts
+    }
+    return events.length === 0 ? [] : JSON.parse(await this.#send(Batch.of(events)))
+  }
+
+  #send({ texts, lengths, count }: Batch): Promise<string> {
+    return run((key) => this.#native.publish(key, texts, Float64Array.from(lengths), count))
+  }
+
+  /** A synchronous publish: runs the matching handlers of this process, one after the other. */
+  async #handle({ texts, lengths }: Batch): Promise<Receipt> {
+    const [cut, names]: [Cut, string[]] = JSON.parse(
+      call(() => this.#native.matching(texts, Float64Array.from(lengths))),
+    )
+    const runners = names.map(
+      (name) => [...this.#live].find(({ runner }) => runner.name === name && runner.group !== '')?.runner,
+    )
+    for (const runner of runners) {
+      if (runner === undefined) continue
+      const event = uncutDelivered(cut, runner.group)
+      try {
+        await runner.handler(event, new Standalone())
+      } catch (cause) {
+        throw new HandlerError(`handler ${runner.name} failed on ${event.type}: ${describe(cause)}`, { cause })
+      }
+    }
+    return { id: uncutDelivered(cut, '').meta.id }
+  }
+
+  /**
+   * A subscription to read with `for await`. An event is acknowledged when the next one is asked for; `break` hands
+   * the current one back and ends the subscription. It begins with the first step of the loop.
+   *
+   * The name, and so the durable group, is `events(<pattern>)` unless given.
+   */
+  events<K extends TypeOf<E>>(pattern: K, options?: EventsOptions): Events<E[K]>
+  events<T = any>(pattern: string, options?: EventsOptions): Events<T>
+  events(pattern: string, given: EventsOptions = {}): Events {
+    const checked = this.#check(pattern, () => {}, { name: `events(${pattern})`, concurrency: 1, ...given })
+    const events: Events = new Events((handler) =>
+      this.#subscribe(pattern, handler, checked.options, () => events.end()),
+    )
+    return events
+  }
+
+  /** What holds on the live store. */
+  async guarantees(): Promise<Guarantees> {
+    return JSON.parse(await run((key) => this.#native.guarantees(key)))
+  }
+
+  /** The numbers of this bus. */
+  async stats(): Promise<BusStats> {
+    return JSON.parse(await run((key) => this.#native.stats(key)))
+  }
+
+  /** Forgets a durable group, what it had not finished and its dead letters. Resolves to whether there was one. */
+  async deleteGroup(group: string): Promise<boolean> {
+    return JSON.parse(await run((key) => this.#native.deleteGroup(key, String(group))))
+  }
+
+  /** Lets the process end while subscriptions are active. */
+  unref(): this {
+    this.#held = false
+    for (const live of this.#live) {
+      if (live.holds) bridge().release()
+      live.holds = false
+    }
+    return this
+  }
+
+  /** Subscriptions keep the process alive; this is the default. */
+  ref(): this {
+    this.#held = true
+    for (const live of this.#live) {
+      if (!live.holds) bridge().hold()
+      live.holds = true
+    }
+    return this
+  }
+}
+
+function dispose(this: Bus): Promise<void> {
+  return this.close()
+}
+
+/** Events to publish: one string, and lengths. */
+class Batch {
+  texts = ''
+  readonly lengths: number[] = []
+  count = 0
+
+  static of(events: readonly (Event | Draft)[]): Batch {
+    const batch = new Batch()
+    const failures: { index: number; error: InvalidEvent }[] = []
+    events.forEach((event, index) => {
+      try {
+        batch.addAny(event)
+      } catch (error) {
+        if (!(error instanceof InvalidEvent)) throw error
+        failures.push({ index, error })
+      }
+    })
+    const [first] = failures
+    if (first === undefined) return batch
+    const message = `event ${first.index} of ${events.length}: ${first.error.message}; nothing was published`
+    throw new InvalidEvent(message, { failures })
+  }
+
+  addAny(event: Event | Draft): void {
+    if (Event.isEvent(event)) {
+      this.addEvent(event, '')
+      return
+    }
+    if (typeof event !== 'object' || event === null) throw new InvalidEvent(`${describeValue(event)} is not an event`)
+    const { type, payload, meta, ...options } = event
+    let schedule = ''
+    for (const _ in options) {
+      schedule = optionsText(options, 'publish')
+      break
+    }
+    this.add(type, payloadText(payload), metaText(meta), schedule)
+  }
+
+  add(type: unknown, payload: string, meta: string, schedule: string): void {
+    if (typeof type !== 'string') throw new InvalidEvent(`the event type must be a string, not ${describeValue(type)}`)
+    this.texts += type + payload + meta + schedule
+    this.lengths.push(0, type.length, payload.length, meta.length, schedule.length)
+    this.count++
+  }
+
+  addEvent(event: unknown, schedule: string): void {
+    if (!Event.isEvent(event))
+      throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(event)}`)
+    const wire = wireOf(event)
+    this.texts += wire + schedule
+    this.lengths.push(1, 0, wire.length, 0, schedule.length)
+    this.count++
+  }
+}
+
+/** The context of a synchronous publish: nothing aborts it. */
+class Standalone implements HandlerContext {
+  get signal(): AbortSignal {
+    return new AbortController().signal
+  }
+}
+
+function modeOf(schedule: string): boolean | null {
+  return call(() => native.checkPublishOptions(schedule))
+}
+
+function checkTimeout(timeoutMs: unknown): void {
+  if (!(typeof timeoutMs === 'number' && timeoutMs >= 0 && !Number.isNaN(timeoutMs))) {
+    throw new InvalidConfig(`timeoutMs=${describeValue(timeoutMs)} is not valid; give milliseconds, at least 0`)
+  }
+}
+
+function describeValue(value: unknown): string {
+  return typeof value === 'object' && value !== null ? (Array.isArray(value) ? 'an array' : 'an object') : String(value)
+}

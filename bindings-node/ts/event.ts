@@ -1,0 +1,273 @@
+/**
+ * The event: its wire form in one string, cut on demand.
+ *
+ * @module
+ */
+import { call } from './errors.js'
+import { metaText, payloadText } from './json.js'
+import { native } from './native.js'
+
+/** The facts around an event. Members that are absent on the wire are absent here. */
+export interface Meta {
+  /** UUID v7; kept by retries, replays and relays. */
+  readonly id: string
+  /** RFC 3339, UTC, milliseconds. */
+  readonly timestamp: string
+  /** The service that published it. */
+  readonly source?: string
+  readonly schemaVersion?: number
+  /** Id of the first event of the chain. */
+  readonly correlationId?: string
+  /** Id of the parent event. */
+  readonly causationId?: string
+  readonly partitionKey?: string
+  readonly idempotencyKey?: string
+  readonly resource?: string
+  readonly resourceId?: string
+  readonly userId?: string
+  readonly organizationId?: string
+  readonly sessionId?: string
+  /** The process that published it. */
+  readonly instanceId?: string
+  readonly aggregate?: { readonly type: string; readonly id: string }
+  readonly traceparent?: string
+  readonly tracestate?: string
+  /** Free values; empty if there are none. */
+  readonly headers: Readonly<Record<string, string>>
+}
+
+/** Meta that a publisher may set; the rest is filled in. */
+export type MetaInput = { readonly [K in keyof Meta]?: Meta[K] | undefined }
+
+/** Facts of one attempt to deliver an event. */
+export interface Delivery {
+  /** From 1. */
+  readonly attempt: number
+  /** Whether somebody took this delivery before. */
+  readonly redelivered: boolean
+  /** The group that it was delivered to. */
+  readonly group: string
+  /** When this process took it. */
+  readonly receivedAt: Date
+}
+
+/** An event as a plain object in the wire's shape. */
+export interface EventDict {
+  type: string
+  payload: unknown
+  meta: Partial<Meta>
+  [unknown: string]: unknown
+}
+
+/** An event that was delivered: {@link Event.delivery} is there. */
+export type Received<T = any> = Event<T> & { readonly delivery: Delivery }
+
+// The wire form is {"type":"T","payload":P,"meta":M…}: with the lengths of T, P and M everything can be found.
+const TYPE_AT = '{"type":"'.length
+const PAYLOAD_AFTER = '","payload":'.length
+const META_AFTER = ',"meta":'.length
+
+const EVENT = Symbol.for('polybus.event')
+
+/** Makes the event of a wire form and the lengths of its parts, in UTF-16 units. */
+export let seal: (wire: string, typeLength: number, payloadLength: number, metaLength: number) => Event
+/** The same, delivered. */
+export let deliver: (
+  wire: string,
+  typeLength: number,
+  payloadLength: number,
+  metaLength: number,
+  attempt: number,
+  redelivered: boolean,
+  group: string,
+  receivedAt: number,
+) => Received
+/** The wire form of an event. */
+export let wireOf: (event: Event) => string
+
+/**
+ * An immutable event. `T` types the payload; nothing checks it at run time.
+ *
+ * Payload and meta are parsed on first touch. Treat the payload as read-only: a change is not seen by whoever the
+ * event is passed on to, because its text is.
+ */
+export class Event<T = any> {
+  readonly #wire: string
+  readonly #typeLength: number
+  readonly #payloadLength: number
+  readonly #metaLength: number
+  #attempt = 0
+  #redelivered = false
+  #group = ''
+  #receivedAt = 0
+  #type: string | undefined
+  #payload: T | undefined
+  #meta: Meta | undefined
+  #delivery: Delivery | undefined
+
+  static {
+    seal = (wire, typeLength, payloadLength, metaLength) => new Event(wire, typeLength, payloadLength, metaLength)
+    deliver = (wire, typeLength, payloadLength, metaLength, attempt, redelivered, group, receivedAt) => {
+      const event = new Event(wire, typeLength, payloadLength, metaLength)
+      event.#attempt = attempt
+      event.#redelivered = redelivered
+      event.#group = group
+      event.#receivedAt = receivedAt
+      return event as Received
+    }
+    wireOf = (event) => event.#wire
+    Object.defineProperty(Event.prototype, EVENT, { value: true })
+  }
+
+  private constructor(wire: string, typeLength: number, payloadLength: number, metaLength: number) {
+    this.#wire = wire
+    this.#typeLength = typeLength
+    this.#payloadLength = payloadLength
+    this.#metaLength = metaLength
+  }
+
+  /**
+   * A new event with a fresh id. {@link Bus.publish} sends it.
+   *
+   * @throws InvalidEvent for a type, payload or meta that is not valid.
+   */
+  static create<T = any>(type: string, payload: T, meta?: MetaInput): Event<T> {
+    const text = payloadText(payload)
+    const wire = call(() => native.createEvent(String(type), text, metaText(meta)))
+    return fresh(wire, type, text)
+  }
+
+  /** The event of a plain object in the wire's shape. Members this version does not know are kept. */
+  static fromDict<T = any>(dict: EventDict): Event<T> {
+    return decoded(call(() => native.decodeEvent(payloadText(dict))))
+  }
+
+  /** The event of a wire form, number texts and unknown members included. */
+  static decode<T = any>(wire: string | Uint8Array): Event<T> {
+    const text = typeof wire === 'string' ? wire : payloadText(wire)
+    return decoded(call(() => native.decodeEvent(text)))
+  }
+
+  /** Whether `value` is an event, of this copy of the package or another. */
+  static isEvent(value: unknown): value is Event {
+    return typeof value === 'object' && value !== null && EVENT in value
+  }
+
+  /** What happened, like `order.created`. */
+  get type(): string {
+    this.#type ??= this.#wire.substring(TYPE_AT, TYPE_AT + this.#typeLength)
+    return this.#type
+  }
+
+  /** The payload, decoded on first touch. */
+  get payload(): T {
+    if (this.#payload === undefined) this.#payload = JSON.parse(this.#payloadText()) as T
+    return this.#payload
+  }
+
+  /** The payload's bytes, exactly as they were published. Publishing them sends the same bytes. */
+  get raw(): Buffer {
+    return Buffer.from(this.#payloadText())
+  }
+
+  /** The facts around it, decoded on first touch. */
+  get meta(): Meta {
+    if (this.#meta === undefined) {
+      const start = this.#payloadAt() + this.#payloadLength + META_AFTER
+      const meta = JSON.parse(this.#wire.substring(start, start + this.#metaLength))
+      meta.headers = Object.freeze(meta.headers ?? {})
+      if (meta.aggregate) Object.freeze(meta.aggregate)
+      this.#meta = Object.freeze(meta) as Meta
+    }
+    return this.#meta
+  }
+
+  /** Facts of this attempt; `undefined` for an event that was made here. */
+  get delivery(): Delivery | undefined {
+    if (this.#attempt > 0) {
+      this.#delivery ??= Object.freeze({
+        attempt: this.#attempt,
+        redelivered: this.#redelivered,
+        group: this.#group,
+        receivedAt: new Date(this.#receivedAt),
+      })
+    }
+    return this.#delivery
+  }
+
+  #payloadAt(): number {
+    return TYPE_AT + this.#typeLength + PAYLOAD_AFTER
+  }
+
+  #payloadText(): string {
+    const start = this.#payloadAt()
+    return this.#wire.substring(start, start + this.#payloadLength)
+  }
+
+  /**
+   * An event caused by this one: it joins the chain and keeps user, organisation, session and trace, not aggregate,
+   * resource, idempotency key and partition key.
+   */
+  child<U = any>(type: string, payload: U, meta?: MetaInput): Event<U> {
+    const text = payloadText(payload)
+    const wire = call(() => native.createChild(this.#wire, String(type), text, metaText(meta)))
+    return fresh(wire, type, text)
+  }
+
+  /** A plain object in the wire's shape, made anew at each call. */
+  toDict(): EventDict {
+    return JSON.parse(this.#wire)
+  }
+
+  /** For `JSON.stringify`: as {@link Event.toDict}. Numbers that JavaScript cannot hold are rounded; {@link Event.encode} keeps them. */
+  toJSON(): EventDict {
+    return this.toDict()
+  }
+
+  /** The wire form, byte for byte. */
+  encode(): Buffer {
+    return Buffer.from(this.#wire)
+  }
+
+  /** `order.created 0193…`: never the payload, so that it can be logged. */
+  toString(): string {
+    return `${this.type} ${this.meta.id}`
+  }
+
+  /** @internal */
+  [Symbol.for('nodejs.util.inspect.custom')](
+    _: number,
+    options: object,
+    inspect: (value: unknown, options: object) => string,
+  ): string {
+    const { type, payload, meta, delivery } = this
+    return `Event ${inspect({ type, payload, meta, ...(delivery ? { delivery } : {}) }, options)}`
+  }
+}
+
+function fresh<T>(wire: string, type: string, payload: string): Event<T> {
+  const metaAt = TYPE_AT + type.length + PAYLOAD_AFTER + payload.length + META_AFTER
+  return seal(wire, type.length, payload.length, wire.length - metaAt - 1)
+}
+
+/** `[wire, payload length, meta length]`, as the addon writes it. */
+export type Cut = readonly [wire: string, payloadLength: number, metaLength: number]
+
+/** The event of what the addon cut. */
+export function uncut([wire, payloadLength, metaLength]: Cut): Event {
+  return seal(wire, typeLengthOf(wire), payloadLength, metaLength)
+}
+
+/** The same, as delivered to `group` in this process just now. */
+export function uncutDelivered([wire, payloadLength, metaLength]: Cut, group: string): Received {
+  return deliver(wire, typeLengthOf(wire), payloadLength, metaLength, 1, false, group, Date.now())
+}
+
+// An event type has no character that JSON escapes.
+function typeLengthOf(wire: string): number {
+  return wire.indexOf('"', TYPE_AT) - TYPE_AT
+}
+
+function decoded(text: string): Event {
+  return uncut(JSON.parse(text))
+}
