@@ -121,6 +121,18 @@ pub async fn until<F: Future<Output = bool>>(what: &str, mut probe: impl FnMut()
     }
 }
 
+/// Publishes until that fails.
+pub async fn first_failure(bus: &Arc<dyn Transport>) -> polybus_core::Error {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Err(cause) = bus.publish(vec![outgoing(1)], PATIENCE).await {
+            return cause;
+        }
+        assert!(Instant::now() < deadline, "no publish failed within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// Runs the test `name` of this program in a process of its own, with `role` and the path in its environment.
 pub fn child(name: &str, role: &str, path: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
