@@ -237,14 +237,14 @@ fn a_forked_child_does_not_keep_its_dead_parents_locks() {
             }
             pid => pid.to_string(),
         });
-        say(&format!("forked {}", forked.collect::<Vec<_>>().join(" ")));
+        say(&format!("pids: {}", forked.collect::<Vec<_>>().join(" ")));
         std::thread::sleep(PATIENCE);
         return;
     }
     let place = place();
     let mut child = child(NAME, "parent", &place.path);
     let mut output = BufReader::new(child.stdout.take().unwrap());
-    let forked = wait_line(&mut output, "forked");
+    let forked = wait_line(&mut output, "pids:");
     child.kill().unwrap();
     child.wait().unwrap();
     let started = Instant::now();

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,17 +25,21 @@ use crate::error::{Error, Result};
 const FALLBACK: Duration = Duration::from_millis(100);
 /// After a ring, further ones are collected for this long: in a burst the thread wakes once, not once per commit.
 const COLLECT: Duration = Duration::from_micros(300);
+/// Likewise after a ring of our own, which our watch hears too: our sources know already.
+const COLLECT_OWN: Duration = Duration::from_millis(2);
 
 /// The ringing side.
 pub(super) struct Doorbell {
     rings: watch::Sender<u64>,
+    /// Rings that we sent to others.
+    sent: AtomicU64,
     file: Arc<PrivateFile>,
 }
 
 impl Doorbell {
     /// Over the bell file.
     pub(super) fn new(file: Arc<PrivateFile>) -> Self {
-        Self { rings: watch::Sender::new(0), file }
+        Self { rings: watch::Sender::new(0), sent: AtomicU64::new(0), file }
     }
 
     /// A receiver for one waiting source.
@@ -50,6 +55,7 @@ impl Doorbell {
     /// Wakes the sources of this and of every other process.
     pub(super) fn ring(&self) {
         self.ring_here();
+        self.sent.fetch_add(1, Ordering::Release);
         if let Err(cause) = self.file.write_all_at(b"!", 0) {
             // Others notice through the fallback.
             log::warn!("ringing the event store's bell failed: {cause}");
@@ -90,13 +96,15 @@ impl Listener {
                 data.prepare_cached("PRAGMA data_version").ok()?.query_row([], |row| row.get::<_, i64>(0)).ok()
             })
         };
-        let mut seen = version();
+        let (mut seen, mut sent) = (version(), 0);
         loop {
             match self.wait() {
                 Woken::Stopped => break,
                 Woken::Rung => {
                     bell.ring_here();
-                    std::thread::sleep(COLLECT);
+                    let now = bell.sent.load(Ordering::Acquire);
+                    std::thread::sleep(if now == sent { COLLECT } else { COLLECT_OWN });
+                    sent = now;
                 }
                 Woken::Idle => {
                     let now = version();

@@ -36,20 +36,22 @@ pub(super) fn encode(batch: &[Outgoing]) -> Result<(Vec<Row>, usize)> {
     Ok((rows, total))
 }
 
+const APPEND: &str =
+    "INSERT INTO polybus_events(seq, bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5, ?6)";
+
 /// Appends the batch to the log, the delayed ones to their table.
 pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Receipt>> {
     let now = clock::wall_ms();
-    let mut append = tx.prepare_cached(
-        "INSERT INTO polybus_events(bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5)",
-    )?;
+    let mut head = head(tx)?;
+    let mut append = tx.prepare_cached(APPEND)?;
     let mut receipts = Vec::with_capacity(rows.len());
-    let mut appended = 0_i64;
     for row in rows {
         let expires_at = row.expires_in.map(|after| now + after);
         let position = match row.delay {
             None => {
-                appended += 1;
-                Some(append.insert((bus, now, expires_at, &*row.event_type, &row.bytes))?)
+                head += 1;
+                append.execute((head, bus, now, expires_at, &*row.event_type, &row.bytes))?;
+                Some(head)
             }
             Some(delay) => {
                 tx.prepare_cached(
@@ -61,7 +63,6 @@ pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Rece
         };
         receipts.push(Receipt { id: row.id.clone(), position });
     }
-    count(tx, bus, appended)?;
     Ok(receipts)
 }
 
@@ -72,21 +73,20 @@ pub(super) fn promote(tx: &Connection, bus: i64) -> Result<usize> {
         "SELECT id, expires_at, type, event FROM polybus_delayed WHERE bus = ?1 AND due_at <= ?2
          ORDER BY due_at, id LIMIT 1000",
     )?;
-    let mut append = tx.prepare_cached(
-        "INSERT INTO polybus_events(bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5)",
-    )?;
+    let mut head = head(tx)?;
+    let mut append = tx.prepare_cached(APPEND)?;
     let mut moved = Vec::new();
     let mut rows = due.query((bus, now))?;
     while let Some(row) = rows.next()? {
         let event_type = row.get_ref(2)?.as_str().map_err(rusqlite::Error::from)?;
         let event = row.get_ref(3)?.as_blob().map_err(rusqlite::Error::from)?;
-        append.insert((bus, now, row.get::<_, Option<i64>>(1)?, event_type, event))?;
+        head += 1;
+        append.execute((head, bus, now, row.get::<_, Option<i64>>(1)?, event_type, event))?;
         moved.push(row.get::<_, i64>(0)?);
     }
     for id in &moved {
         tx.prepare_cached("DELETE FROM polybus_delayed WHERE id = ?1")?.execute([id])?;
     }
-    count(tx, bus, i64::try_from(moved.len()).unwrap_or(i64::MAX))?;
     Ok(moved.len())
 }
 
@@ -96,18 +96,19 @@ pub(super) fn next_delayed(connection: &Connection, bus: i64) -> Result<Option<i
     Ok(next.query_row([bus], |row| row.get(0))?)
 }
 
-/// Keeps the number of events that the bus has, for the user's limit on it.
-pub(super) fn count(tx: &Connection, bus: i64, change: i64) -> Result<()> {
-    if change != 0 {
-        tx.prepare_cached("UPDATE polybus_buses SET kept = kept + ?2 WHERE id = ?1")?.execute((bus, change))?;
-    }
-    Ok(())
+/// The newest position that was ever given out. Positions are counted here and not by `AUTOINCREMENT`, which would write
+/// one more page with each commit; the retention saves the number before it removes the newest event.
+pub(super) fn head(connection: &Connection) -> Result<i64> {
+    let mut head = connection.prepare_cached(
+        "SELECT max(coalesce((SELECT max(seq) FROM polybus_events), 0),
+                    coalesce((SELECT value FROM polybus_meta WHERE key = 'head'), 0))",
+    )?;
+    Ok(head.query_row([], |row| row.get(0))?)
 }
 
-/// The newest position in the file.
-pub(super) fn head(connection: &Connection) -> Result<i64> {
-    // Not max(seq): retention may have removed the newest event, and positions are never used again.
-    let mut head = connection
-        .prepare_cached("SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'polybus_events'), 0)")?;
-    Ok(head.query_row([], |row| row.get(0))?)
+/// Saves [`head`], so that it outlives its event.
+pub(super) fn save_head(tx: &Connection) -> Result<()> {
+    let head = head(tx)?;
+    tx.prepare_cached("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('head', ?1)")?.execute([head])?;
+    Ok(())
 }

@@ -52,6 +52,9 @@ pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
     let promoted = publish::promote(tx, limits.bus)? > 0;
     let plan = plan(tx, limits)?;
     let mut dropped = 0;
+    if plan.forced.max(plan.done).is_some() {
+        publish::save_head(tx)?;
+    }
     if let Some(last) = plan.forced {
         account(tx, limits.bus, last)?;
         dropped += delete(tx, limits.bus, last)?;
@@ -59,7 +62,6 @@ pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
     if let Some(last) = plan.done {
         dropped += delete(tx, limits.bus, last)?;
     }
-    publish::count(tx, limits.bus, -dropped)?;
     Ok(Swept { more: dropped > 0, promoted })
 }
 
@@ -108,9 +110,14 @@ fn older(connection: &Connection, bus: i64, before: i64, last: i64) -> Result<Op
 
 /// The last of the oldest events that exceed `max`, at most [`STEP`] of them.
 fn surplus(connection: &Connection, bus: i64, max: i64) -> Result<Option<i64>> {
-    let kept: i64 = connection
-        .prepare_cached("SELECT kept FROM polybus_buses WHERE id = ?1")?
-        .query_row([bus], |row| row.get(0))?;
+    let buses: i64 = connection.query_row("SELECT count(*) FROM polybus_buses", [], |row| row.get(0))?;
+    // Alone in the file, a bus has positions without gaps; counting rows would read the whole log.
+    let count = if buses == 1 {
+        "SELECT coalesce((SELECT max(seq) FROM polybus_events) - (SELECT min(seq) FROM polybus_events) + 1, 0) WHERE ?1"
+    } else {
+        "SELECT count(*) FROM polybus_events WHERE bus = ?1"
+    };
+    let kept: i64 = connection.prepare_cached(count)?.query_row([bus], |row| row.get(0))?;
     let excess = (kept - max).min(STEP);
     if excess <= 0 {
         return Ok(None);

@@ -1,9 +1,9 @@
 //! The tables, and opening a file that holds them.
 //!
-//! * `polybus_buses`: the logical buses of the file, each with the number of events it keeps.
+//! * `polybus_buses`: the logical buses of the file.
 //! * `polybus_events`: the log. `seq` is the position; SQLite has one writer at a time, so a commit with a larger `seq`
-//!   never becomes visible before one with a smaller, and a plain cursor misses nothing. `AUTOINCREMENT` keeps
-//!   positions from being used again after retention.
+//!   never becomes visible before one with a smaller, and a plain cursor misses nothing. Positions are never used
+//!   again ([`super::publish::head`]) and have no gaps, except where retention removed the oldest.
 //! * `polybus_delayed`: published with a delay; moved into the log when due.
 //! * `polybus_groups`: durable groups. Everything at or before `cursor` was taken by somebody or does not match.
 //! * `polybus_deliveries`: what was taken and is not finished. With an owner: leased. Without: waiting until `due_at`.
@@ -31,10 +31,9 @@ const VERSION: i32 = 1;
 const MIN_SQLITE: i32 = 3_051_003;
 
 const TABLES: &str = "
-CREATE TABLE polybus_meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE polybus_buses(id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
-  kept INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE polybus_events(seq INTEGER PRIMARY KEY AUTOINCREMENT, bus INTEGER NOT NULL,
+CREATE TABLE polybus_meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE polybus_buses(id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
+CREATE TABLE polybus_events(seq INTEGER PRIMARY KEY, bus INTEGER NOT NULL,
   published_at INTEGER NOT NULL, expires_at INTEGER, type TEXT NOT NULL, event BLOB NOT NULL);
 CREATE TABLE polybus_delayed(id INTEGER PRIMARY KEY, bus INTEGER NOT NULL, due_at INTEGER NOT NULL,
   expires_at INTEGER, type TEXT NOT NULL, event BLOB NOT NULL);

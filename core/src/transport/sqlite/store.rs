@@ -162,6 +162,12 @@ impl Store {
         let (finished, when_finished) = watch::channel(false);
         let want_full = Arc::new(AtomicBool::new(full));
         let limits = Arc::new(Mutex::new(Vec::new()));
+        let no_thread = |cause: std::io::Error| {
+            Error::connection_failed(format!("the operating system refused a thread ({cause})")).caused_by(cause)
+        };
+        let ears = bell.clone();
+        let listener =
+            thread::Builder::new().name("polybus-bell".into()).spawn(move || listener.run(&ears)).map_err(no_thread)?;
         let writer = Writer {
             connection,
             path: path.clone(),
@@ -173,14 +179,10 @@ impl Store {
             is_full: false,
             limits: limits.clone(),
             dirty: true,
+            listener,
             finished,
         };
-        let no_thread = |cause: std::io::Error| {
-            Error::connection_failed(format!("the operating system refused a thread ({cause})")).caused_by(cause)
-        };
         thread::Builder::new().name("polybus-sqlite".into()).spawn(move || writer.run()).map_err(no_thread)?;
-        let ears = bell.clone();
-        thread::Builder::new().name("polybus-bell".into()).spawn(move || listener.run(&ears)).map_err(no_thread)?;
         let inner = Inner {
             path,
             file_system,

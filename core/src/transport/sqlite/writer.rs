@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rusqlite::{Transaction, TransactionBehavior};
@@ -55,6 +56,8 @@ pub(super) struct Writer {
     pub limits: Arc<std::sync::Mutex<Vec<Limits>>>,
     /// Committed since the last tick.
     pub dirty: bool,
+    /// Was told to end before this thread was.
+    pub listener: JoinHandle<()>,
     pub finished: watch::Sender<bool>,
 }
 
@@ -80,8 +83,12 @@ impl Writer {
                 self.housekeep(idle);
             }
         }
-        let Self { connection, lock, finished, .. } = self;
-        drop(connection); // the last connection of all processes folds the log into the file
+        let Self { connection, lock, listener, finished, .. } = self;
+        // First the listener's connection: who closes the last one folds the log into the file.
+        if listener.join().is_err() {
+            log::error!("the listener of {} panicked", self.path.display());
+        }
+        drop(connection);
         drop(lock);
         finished.send_replace(true);
     }
