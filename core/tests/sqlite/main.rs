@@ -1,5 +1,7 @@
 //! The SQLite transport on real files: what the conformance suite cannot know about.
 
+#![allow(clippy::unwrap_used)]
+
 mod deliveries;
 mod files;
 mod keeping;
