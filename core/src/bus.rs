@@ -214,7 +214,7 @@ impl Bus {
         let pattern = Pattern::new(pattern)?;
         let bus = &self.0.options;
         let name: Text = options.name.as_str().into();
-        let group: Text = options.group.unwrap_or_else(|| format!("{}/{name}", bus.service)).into();
+        let group: Text = options.group_for(&bus.service).into();
         let session = self.session();
         let (wish, wishes) = watch::channel(Wish::Run);
         let (ended_tx, ended) = watch::channel(false);
@@ -344,6 +344,13 @@ impl Bus {
         self.open().await?.dead_letters(filter, after, limit).await
     }
 
+    /// One dead letter. `NotFound` for an unknown id.
+    pub async fn dead_letter(&self, id: &str) -> Result<DeadLetter> {
+        let filter = DeadLetterFilter { id: Some(id.into()), ..Default::default() };
+        let found = self.dead_letters(filter, None, 1).await?.pop();
+        found.ok_or_else(|| no_dead_letter(id))
+    }
+
     /// How many there are.
     pub async fn dead_count(&self, filter: DeadLetterFilter) -> Result<u64> {
         self.open().await?.dead_count(filter).await
@@ -435,11 +442,13 @@ fn closed() -> Error {
 
 fn found(id: Option<Text>, count: u64) -> Result<u64> {
     match id {
-        Some(id) if count == 0 => Err(Error::not_found(format!(
-            "there is no dead letter {id:?}; it was replayed or purged before, or its group is gone"
-        ))),
+        Some(id) if count == 0 => Err(no_dead_letter(&id)),
         _ => Ok(count),
     }
+}
+
+fn no_dead_letter(id: &str) -> Error {
+    Error::not_found(format!("there is no dead letter {id:?}; it was replayed or purged before, or its group is gone"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -4,11 +4,12 @@
 //!
 //! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → bus → host`
 //!
-//! `clock`, `process`, `lease`, `options` and `testkit` serve them. The languages meet the core in [`host`].
+//! `clock`, `config`, `lease`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
 pub mod bus;
 pub mod clock;
 pub mod codec;
+pub mod config;
 pub mod dead_letter;
 pub mod delivery;
 mod dispatch;
@@ -17,6 +18,7 @@ pub mod event;
 pub mod handler;
 pub mod host;
 mod lease;
+pub mod metrics;
 pub mod options;
 pub mod pattern;
 pub mod process;

@@ -199,6 +199,11 @@ impl SubscribeOptions {
         Self { name: name.into(), ..Self::default() }
     }
 
+    /// The durable group of this subscription in `service`.
+    pub fn group_for(&self, service: &str) -> String {
+        self.group.clone().unwrap_or_else(|| format!("{service}/{}", self.name))
+    }
+
     /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
     pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
         let mut from = Reader::new("subscription", json, naming)?;

@@ -119,6 +119,11 @@ impl Subscription {
         drop(ended.wait_for(|ended| *ended).await); // an error means that the dispatcher is gone: also ended
     }
 
+    /// Whether it is a broadcast, which has no group on the store.
+    pub fn is_broadcast(&self) -> bool {
+        self.facts.broadcast
+    }
+
     /// Whether it has ended.
     pub fn is_ended(&self) -> bool {
         *self.ended.borrow()
