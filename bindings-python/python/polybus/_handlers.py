@@ -1,0 +1,333 @@
+"""Running handlers: coroutines as tasks of the loop that subscribed, plain functions on threads.
+
+What a handler says goes to the core as it is; what becomes of the event is decided there.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextvars
+import functools
+import inspect
+import itertools
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from polybus import _native
+from polybus._runtime import drain_logs
+from polybus.errors import InvalidHandler, Reject, Retry
+
+if TYPE_CHECKING:
+    from polybus._native import Event
+
+Handler = Callable[["Event[Any]"], object]
+
+numbers = itertools.count()
+"""Names subscriptions in what bridges hand out."""
+
+
+current: contextvars.ContextVar[_native.NativeBus | None] = contextvars.ContextVar("polybus_handler_of", default=None)
+"""The bus whose handler is running: `close()` from inside must not wait for itself."""
+
+
+class HandBack(BaseException):
+    """Raised into the handler of an iterator that ended: the event goes back, the attempt does not count."""
+
+
+# ---- what was given as a handler ----------------------------------------------------------------------------------
+
+
+def check(handler: object) -> Handler:
+    """Refuse what cannot be called with an event."""
+    if not callable(handler):
+        raise InvalidHandler(f"the handler is a {type(handler).__qualname__}, which is not callable; give a function")
+    try:
+        signature = inspect.signature(handler)
+    except (TypeError, ValueError):  # some builtins have none
+        return handler
+    try:
+        signature.bind(object())
+    except TypeError as cause:
+        raise InvalidHandler(
+            f"the handler {name_of(handler) or handler!r} cannot be called with one argument, the event: {cause}"
+        ) from None
+    return handler
+
+
+def name_of(handler: object) -> str | None:
+    """The qualified name; None for what has no name of its own, such as a lambda."""
+    while isinstance(handler, functools.partial):
+        return None
+    name = getattr(handler, "__qualname__", None)
+    if name is None:
+        name = type(handler).__qualname__
+    return None if name is None or "<lambda>" in name else str(name)
+
+
+def is_async(handler: object) -> bool:
+    """Whether calling it gives a coroutine."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004
+
+
+# ---- what a handler said ------------------------------------------------------------------------------------------
+
+
+def describe(error: BaseException) -> tuple[str, str, str]:
+    """Class, message and traceback, whatever the error does to stop us."""
+    kind = type(error).__qualname__
+    try:
+        message = str(error)
+    except Exception as failure:
+        message = f"<str() of it raised {type(failure).__qualname__}>"
+    try:
+        stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:
+        stack = "".join(traceback.format_tb(error.__traceback__))
+    return tuple(part.encode("utf-8", "replace").decode() for part in (kind, message, stack))  # type: ignore[return-value]
+
+
+def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
+    """Tell the core what the handler raised."""
+    if isinstance(error, (HandBack, KeyboardInterrupt, GeneratorExit)):
+        reporter.abandoned([job])  # stopped from outside: not the event's fault
+    elif isinstance(error, Reject):
+        reporter.rejected(job, *describe(error))
+    elif isinstance(error, Retry):
+        reporter.failed(job, *describe(error), error.after)
+    else:
+        reporter.failed(job, *describe(error))
+
+
+# ---- coroutines ---------------------------------------------------------------------------------------------------
+
+
+class LoopHandler:
+    """An async handler on its loop: a task for each event, so that context variables stay apart."""
+
+    reporter: _native.Reporter
+
+    def __init__(
+        self,
+        bus: _native.NativeBus,
+        handler: Callable[[Event[Any]], Awaitable[object]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._bus = bus
+        self._handler = handler
+        self._loop = loop
+        self._call_soon = loop.call_soon
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._cancelled: set[int] = set()
+        self._done: list[int] = []
+        self.subscription: _native.NativeSubscription | None = None
+        if sys.version_info >= (3, 12):
+            self.start = self._start_eagerly
+
+    def start(self, job: int, event: Event[Any]) -> None:
+        """Run the handler in a task of its own."""
+        self._tasks[job] = self._loop.create_task(self._run(job, event))
+
+    def _start_eagerly(self, job: int, event: Event[Any]) -> None:
+        """Likewise; a handler that does not wait ends here, without a turn of the loop."""
+        if self._loop.get_task_factory() is not None:
+            task = self._loop.create_task(self._run(job, event))
+        else:
+            task = asyncio.Task(self._run(job, event), loop=self._loop, eager_start=True)  # type: ignore[call-arg]
+        if not task.done():
+            self._tasks[job] = task
+
+    async def _run(self, job: int, event: Event[Any]) -> None:
+        current.set(self._bus)
+        try:
+            await self._handler(event)
+        except BaseException as error:
+            self._tasks.pop(job, None)
+            self._failed(job, error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                raise
+        else:
+            self._tasks.pop(job, None)
+            done = self._done
+            if not done:
+                self._call_soon(self._flush)
+            done.append(job)
+
+    def _flush(self) -> None:
+        done, self._done = self._done, []
+        self.reporter.done(done)
+
+    def _failed(self, job: int, error: BaseException) -> None:
+        if job in self._cancelled:
+            self._cancelled.discard(job)
+            self.reporter.abandoned([job])  # the core has decided already
+        elif isinstance(error, TypeError) and error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            # Raised by our own `await`: what the handler returned is no awaitable.
+            message = f"{error}: the handler looks like a coroutine function, and returned something else"
+            self.reporter.failed(job, "TypeError", message, "")
+        else:
+            report(self.reporter, job, error)
+
+    def cancel(self, job: int) -> None:
+        """Stop the task of a job: its time is up, or the event is somebody else's now."""
+        task = self._tasks.get(job)
+        if task is not None and not task.done():
+            self._cancelled.add(job)
+            task.cancel()
+
+    def abandon(self) -> None:
+        """The loop is going: hand everything back."""
+        if self._done:
+            self._flush()
+        if self.subscription is not None:
+            self.subscription.abandon()
+
+
+# ---- plain functions ----------------------------------------------------------------------------------------------
+
+
+class ThreadPool:
+    """Threads for the plain functions of one bus: grown when all are busy, up to the sum of their concurrencies.
+
+    They wait inside the core, with the GIL released. A thread whose job was cancelled cannot be stopped: it is given
+    up, another may take its place, and it ends when the function returns.
+    """
+
+    def __init__(self) -> None:
+        self.native = _native.Bridge(True)
+        self._handlers: dict[int, ThreadHandler] = {}
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._running: dict[tuple[int, int], threading.Thread] = {}
+        self._limit = 0
+
+    def add(self, number: int, handler: ThreadHandler, concurrency: int) -> None:
+        """Make room for a handler."""
+        self._handlers[number] = handler
+        with self._lock:
+            self._limit += concurrency
+        handler.concurrency = concurrency
+        self._grow()
+
+    def remove(self, number: int) -> None:
+        """Its subscription has ended."""
+        if (handler := self._handlers.pop(number, None)) is not None:
+            with self._lock:
+                self._limit -= handler.concurrency
+
+    def _grow(self) -> None:
+        """One thread waits, if there may be another one."""
+        with self._lock:
+            if self.native.idle() > 0 or len(self._threads) >= self._limit:
+                return
+            thread = threading.Thread(target=self._work, name=f"polybus-{len(self._threads) + 1}", daemon=True)
+            self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is going
+            self._threads.discard(thread)
+
+    def _work(self) -> None:
+        thread = threading.current_thread()
+        while thread in self._threads and (taken := self.native.wait(False)) is not None:
+            jobs, cancelled = taken
+            for key in cancelled:
+                self._give_up(key)
+            for number, job, event in jobs:
+                handler = self._handlers.get(number)
+                if handler is None:
+                    continue
+                self._running[number, job] = thread
+                self._grow()
+                try:
+                    handler.run(job, event)
+                finally:
+                    self._running.pop((number, job), None)
+            drain_logs()
+        self._threads.discard(thread)
+
+    def _give_up(self, key: tuple[int, int]) -> None:
+        thread = self._running.pop(key, None)
+        if thread is not None:
+            self._threads.discard(thread)
+            self._grow()
+
+    def stop(self, timeout: float) -> None:
+        """End the waiting threads; those that run a function end after it."""
+        self.native.stop()
+        busy = set(self._running.values()) | {threading.current_thread()}
+        for thread in list(self._threads - busy):
+            thread.join(timeout)
+
+
+class ThreadHandler:
+    """A plain function, called on the pool's threads, each time in a context of its own."""
+
+    reporter: _native.Reporter
+    concurrency: int = 0
+
+    def __init__(self, bus: _native.NativeBus, handler: Handler, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._bus = bus
+        self._handler = handler
+        self._loop = None if loop is None else weakref.ref(loop)
+        self.subscription: _native.NativeSubscription | None = None
+
+    def run(self, job: int, event: Event[Any]) -> None:
+        """Call the function and say what came of it."""
+        try:
+            result = contextvars.copy_context().run(self._call, event)
+            if inspect.isawaitable(result):
+                self._finish(result)
+        except BaseException as error:
+            report(self.reporter, job, error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                self._end_program(error)
+        else:
+            self.reporter.done([job])
+
+    def _call(self, event: Event[Any]) -> object:
+        current.set(self._bus)
+        return self._handler(event)
+
+    def _finish(self, result: Awaitable[object]) -> None:
+        """A plain function that returned an awaitable, such as a lambda around a coroutine: the loop runs it."""
+        loop = None if self._loop is None else self._loop()
+
+        async def finish() -> None:
+            await result
+
+        if loop is None or loop.is_closed():
+            asyncio.run(finish())
+        else:
+            asyncio.run_coroutine_threadsafe(finish(), loop).result()
+
+    def _end_program(self, error: BaseException) -> None:
+        """`sys.exit()` in a handler means the program, not a thread of ours."""
+        loop = None if self._loop is None else self._loop()
+
+        def end() -> None:
+            raise error
+
+        if loop is not None and loop.is_running():
+            loop.call_soon_threadsafe(end)
+        else:
+            _thread.interrupt_main()
+
+
+def call(handler: Handler, event: Event[Any]) -> Coroutine[Any, Any, object]:
+    """Run a handler of either kind once, for a synchronous publish."""
+
+    async def run() -> object:
+        if is_async(handler):
+            return await handler(event)  # type: ignore[misc]
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(None, contextvars.copy_context().run, handler, event)
+        return await result if inspect.isawaitable(result) else result
+
+    return run()

@@ -1,0 +1,115 @@
+"""The keyword arguments of the API, for type checkers; the core knows their defaults and judges their values.
+
+Seconds are a number or a ``timedelta``.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
+    from polybus._native import Aggregate, RetryPolicy
+
+Seconds = float | timedelta
+Mode = Literal["async", "sync"]
+
+
+class BusOptions(TypedDict, total=False):
+    """Options of a bus."""
+
+    service: Required[str]
+    """Name of the service: the ``source`` of its events and the prefix of its groups."""
+    bus: str
+    """Buses inside one store do not see each other. Default ``default``."""
+    mode: Mode
+    """``async``: through the transport (default). ``sync``: ``publish`` runs this process's matching handlers."""
+    worker_count: int
+    """Handlers of one subscription that run at once, unless it says otherwise. Default 10."""
+    buffer_size: int
+    """Most deliveries that one subscription holds in this process. Default 1000."""
+    fail_open: bool
+    """A publish that fails in the transport is logged and counted, not raised. Default false."""
+    max_payload_bytes: int
+    """Largest payload, on publish and on consume. Default 1 MiB."""
+    retry: RetryPolicy
+    """Policy of the subscriptions that have none of their own."""
+    durability: Literal["warn", "required", "off", "full", "normal"]
+    """What a confirmed publish has to survive. Default ``warn``: the safest there is, and a warning if that is weak."""
+    lease: Seconds
+    """How long a delivery stays with a process that gives no sign of life. At least 1; default 30."""
+    publish_timeout: Seconds
+    """Longest wait of one publish. Default 10."""
+    retention: Seconds
+    """How long an event is kept after every group has finished it. Default one hour."""
+    max_age: Seconds
+    """Drop events older than this, finished or not. Default: never."""
+    max_events: int
+    """Drop the oldest events beyond this number, finished or not. Default: never."""
+    allow_network_fs: bool
+    """Open a file on a network file system, which may break its locks. Default false."""
+    logger: logging.Logger | logging.LoggerAdapter[Any]
+    """Where to log. Default ``logging.getLogger("polybus")``."""
+
+
+class SubscribeOptions(TypedDict, total=False):
+    """Options of a subscription."""
+
+    name: str
+    """Unique on the bus. Default: the handler's qualified name."""
+    group: str
+    """The durable group. Default ``<service>/<name>``."""
+    concurrency: int
+    """Handlers that run at once. Default: the bus's ``worker_count``."""
+    prefetch: int
+    """Deliveries taken ahead of a free handler. Default 0."""
+    retry: RetryPolicy
+    """Default: the bus's."""
+    timeout: Seconds
+    """A handler that runs longer is cancelled, and its event retried. Default: none."""
+    start: Literal["new", "beginning"] | datetime | float
+    """Where a new group begins. Default ``new``: with what is published from now on."""
+    broadcast: bool
+    """Every process gets every event from now on; nothing is retried or kept. Default false."""
+    dead_letter: bool
+    """Keep what cannot be handled. Default true; otherwise it is logged and dropped."""
+
+
+class MetaOptions(TypedDict, total=False):
+    """The members of an event's meta that a publisher may set."""
+
+    id: str
+    timestamp: str | datetime
+    source: str
+    schema_version: int
+    correlation_id: str
+    causation_id: str
+    partition_key: str
+    idempotency_key: str
+    resource: str
+    resource_id: str
+    user_id: str
+    organization_id: str
+    session_id: str
+    instance_id: str
+    aggregate: Aggregate | tuple[str, str] | dict[str, str]
+    traceparent: str
+    tracestate: str
+    headers: dict[str, str]
+
+
+class DeadLetterFilter(TypedDict, total=False):
+    """Which dead letters a call is about. Empty means all of them."""
+
+    id: str
+    group: str
+    pattern: str
+    since: datetime | float
+    """Failed last at this time or later."""
+    before: datetime | float
+    """Failed last before this time."""
+    older_than: Seconds
+    """Failed last longer ago than this."""

@@ -1,0 +1,207 @@
+"""What belongs to the process: one bridge for each event loop, the log, fork and exit.
+
+A bridge lives as long as its loop: the loop's watch on the bridge's descriptor is what keeps it. When the loop closes,
+the bridge goes, its subscriptions end and what they held is handed back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import contextvars
+import logging
+import os
+import selectors
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from polybus import _native
+
+if TYPE_CHECKING:
+    from polybus._handlers import LoopHandler
+    from polybus.bus import Bus
+
+MOST_JOBS = 256
+"""Jobs that are started in one turn of the loop, so that it stays responsive."""
+
+_bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopBridge]] = weakref.WeakKeyDictionary()
+_buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+
+
+class LoopBridge:
+    """Brings jobs and results of the core to one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.native = _native.Bridge(False)
+        self.handlers: dict[int, LoopHandler] = {}
+        self._create_future = loop.create_future
+        self._immediate = 0
+        self._loop = loop
+        try:
+            loop.add_reader(self.native.fileno(), self._drain)
+        except NotImplementedError:  # Windows' default loop: a thread watches instead
+            watch = threading.Thread(target=_watch, args=(weakref.ref(self), loop), name="polybus-wake", daemon=True)
+            loop._polybus_bridge = self  # type: ignore[attr-defined]
+            watch.start()
+        self._guard = _guard(weakref.ref(self))
+        with contextlib.suppress(StopIteration):
+            self._guard.__anext__().send(None)
+
+    async def run(self, operation: _native.Operation) -> Any:
+        """Await an operation. Whoever stops waiting does not stop it."""
+        future = self._create_future()
+        self.native.spawn(operation, future)
+        if future.done():
+            # Never waiting would starve everything else on the loop.
+            self._immediate += 1
+            if self._immediate % 32 == 0:
+                await asyncio.sleep(0)
+        return await future
+
+    async def run_or_forget(self, operation: _native.Operation) -> Any:
+        """Await an operation that ends when nobody waits for it any more."""
+        future = self._create_future()
+        key = self.native.spawn(operation, future)
+        try:
+            return await future
+        finally:
+            if future.cancelled():
+                self.native.forget(key)
+
+    def _drain(self) -> None:
+        jobs, cancelled = self.native.take(MOST_JOBS)
+        if cancelled:
+            for number, job in cancelled:
+                if handler := self.handlers.get(number):
+                    handler.cancel(job)
+        if jobs:
+            handlers = self.handlers
+            for position, (number, job, event) in enumerate(jobs):
+                handler = handlers.get(number)
+                if handler is None:
+                    continue  # its subscription has ended
+                try:
+                    handler.start(job, event)
+                except BaseException:  # a handler that ended the program at once: the others' events go back
+                    for number, job, _ in jobs[position + 1 :]:
+                        if handler := handlers.get(number):
+                            handler.reporter.abandoned([job])
+                    raise
+        drain_logs()
+
+    def shut_down(self) -> None:
+        """End this loop's subscriptions: what they hold is handed back."""
+        handlers, self.handlers = self.handlers, {}
+        for handler in handlers.values():
+            handler.abandon()
+        if not self._loop.is_closed() and handlers is not None:
+            with contextlib.suppress(Exception):
+                self._loop.remove_reader(self.native.fileno())
+        if (known := _bridges.get(self._loop)) is not None and known() in (self, None):
+            del _bridges[self._loop]
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.shut_down()
+
+
+async def _guard(bridge: weakref.ref[LoopBridge]) -> AsyncGenerator[None, None]:
+    """Parked on the loop: `asyncio.run` closes it at its end, while the loop still works."""
+    try:
+        yield
+    finally:
+        if (alive := bridge()) is not None:
+            alive.shut_down()
+
+
+def _watch(bridge: weakref.ref[LoopBridge], loop: asyncio.AbstractEventLoop) -> None:
+    """For loops without `add_reader`."""
+    with selectors.DefaultSelector() as selector:
+        if (alive := bridge()) is not None:
+            selector.register(alive.native.fileno(), selectors.EVENT_READ)
+        while alive is not None and not loop.is_closed():
+            alive = None
+            ready = selector.select(1.0)
+            alive = bridge()
+            if ready and alive is not None:
+                drained = threading.Event()
+
+                def drain(alive: LoopBridge = alive, drained: threading.Event = drained) -> None:
+                    try:
+                        alive._drain()
+                    finally:
+                        drained.set()
+
+                loop.call_soon_threadsafe(drain)
+                drained.wait()
+
+
+def bridge() -> LoopBridge:
+    """The bridge of the running loop."""
+    loop = asyncio.get_running_loop()
+    found = _bridges.get(loop)
+    alive = None if found is None else found()
+    if alive is None:
+        # In an empty context: handlers must not inherit the variables of whoever used the bus first.
+        alive = contextvars.Context().run(LoopBridge, loop)
+        _bridges[loop] = weakref.ref(alive)
+    return alive
+
+
+async def run(operation: _native.Operation) -> Any:
+    """Await an operation of the core on the running loop."""
+    return await bridge().run(operation)
+
+
+# ---- log ----------------------------------------------------------------------------------------------------------
+
+
+def watch_bus(bus: Bus) -> None:
+    """Close it at exit, reset it after fork, log to its logger."""
+    _buses.add(bus)
+    set_log_level()
+
+
+def set_log_level() -> None:
+    """Keep only what some logger wants."""
+    _native.set_log_level(min((bus.logger.getEffectiveLevel() for bus in _buses), default=logging.WARNING))
+
+
+def drain_logs() -> None:
+    """Hand the core's records to Python's logging."""
+    records = _native.take_logs()
+    if records:
+        # The core does not know which bus a record is about: each logger once.
+        loggers = {bus.logger for bus in _buses} or {logging.getLogger("polybus")}
+        for level, message in records:
+            for logger in loggers:
+                logger.log(level, "%s", message)
+
+
+# ---- fork and exit ------------------------------------------------------------------------------------------------
+
+_leaked: list[object] = []
+
+
+def _after_fork() -> None:
+    """In the child: everything is made anew. The parent's things are kept, untouched: their threads are not here."""
+    _leaked.extend(found() for found in _bridges.values())
+    _bridges.clear()
+    _leaked.extend(bus._forget_process() for bus in list(_buses))
+
+
+def _at_exit() -> None:
+    """Close what is open, briefly: a durable event that is not finished stays where it is."""
+    deadline = time.monotonic() + 0.25
+    for bus in list(_buses):
+        bus._close_at_exit(max(0.0, deadline - time.monotonic()))
+    drain_logs()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,299 @@
+"""The bus for threads without an event loop: scripts, WSGI, Celery. `bus.blocking` is one of these."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Generator, Iterable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, overload
+
+from polybus import _handlers, _native, _runtime
+from polybus._native import DeadLetter, Event, Receipt
+from polybus._views import Guarantees, SubscriptionStats
+from polybus.dead_letters import _which
+from polybus.errors import HandlerTimeout, InvalidHandler
+from polybus.subscription import Subscription
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from polybus._options import DeadLetterFilter, MetaOptions, Mode, Seconds, SubscribeOptions
+    from polybus.bus import Bus
+
+__all__ = ["Blocking", "BlockingDeadLetters", "BlockingSubscription"]
+
+
+def _wait(operation: _native.Operation) -> Any:
+    """Wait with the GIL released; Ctrl-C is seen within 50 ms."""
+    try:
+        return operation.wait()
+    finally:
+        _runtime.drain_logs()
+
+
+class BlockingSubscription:
+    """A running subscription, seen from a thread without an event loop."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self.name = subscription.name
+        self.group = subscription.group
+        self.pattern = subscription.pattern
+
+    @property
+    def active(self) -> bool:
+        """As `Subscription.active`."""
+        return self._subscription.active
+
+    def unsubscribe(self, timeout: float | timedelta = 10.0) -> None:
+        """As `Subscription.unsubscribe`."""
+        _wait(self._subscription._native.drain(timeout))
+        self._subscription._ended()
+
+    def drain(self, timeout: float | timedelta = 10.0) -> None:
+        """As `unsubscribe`."""
+        self.unsubscribe(timeout)
+
+    def pause(self) -> None:
+        """As `Subscription.pause`."""
+        self._subscription.pause()
+
+    def resume(self) -> None:
+        """As `Subscription.resume`."""
+        self._subscription.resume()
+
+    def stats(self) -> SubscriptionStats:
+        """As `Subscription.stats`."""
+        stats: SubscriptionStats = _wait(self._subscription._native.stats())
+        return stats
+
+    def __repr__(self) -> str:
+        return repr(self._subscription)
+
+
+class BlockingDeadLetters:
+    """As `DeadLetters`."""
+
+    def __init__(self, native: _native.NativeBus) -> None:
+        self._native = native
+
+    def list(
+        self,
+        group: str | None = None,
+        pattern: str | None = None,
+        since: datetime | float | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[DeadLetter]:
+        """As `DeadLetters.list`."""
+        given = {"group": group, "pattern": pattern, "since": since, "limit": limit, "after": after}
+        letters: list[DeadLetter] = _wait(self._native.dead_list(given))
+        return letters
+
+    def get(self, id: str) -> DeadLetter:
+        """As `DeadLetters.get`."""
+        letter: DeadLetter = _wait(self._native.dead_get(id))
+        return letter
+
+    def replay(
+        self, which: str | DeadLetter | DeadLetterFilter | None = None, /, **filter: Unpack[DeadLetterFilter]
+    ) -> int:
+        """As `DeadLetters.replay`."""
+        count: int = _wait(self._native.dead_replay(_which("replay", which, dict(filter))))
+        return count
+
+    def purge(
+        self,
+        which: str | DeadLetter | DeadLetterFilter | float | timedelta | None = None,
+        /,
+        **filter: Unpack[DeadLetterFilter],
+    ) -> int:
+        """As `DeadLetters.purge`."""
+        count: int = _wait(self._native.dead_purge(_which("purge", which, dict(filter))))
+        return count
+
+    def count(self, **filter: Unpack[DeadLetterFilter]) -> int:
+        """As `DeadLetters.count`."""
+        count: int = _wait(self._native.dead_count(dict(filter)))
+        return count
+
+
+class Blocking:
+    """The methods of `Bus`, each waiting in the calling thread with the GIL released. Safe in threads."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._native = bus._native
+        self.dead_letters = BlockingDeadLetters(bus._native)
+
+    def start(self) -> Self:
+        """As `Bus.start`. Handlers must be plain functions: without a loop there is nobody to run a coroutine."""
+        bus = self._bus
+        _runtime.set_log_level()
+        _wait(self._native.start())
+        for name, subscription in list(bus._subscriptions.items()):
+            if not subscription.active or subscription.orphaned:
+                _wait(subscription._native.drain(0))
+                bus._subscriptions.pop(name, None)
+        bus._started = True
+        try:
+            for pattern, handler, options in bus._missing():
+                self._subscribe(pattern, handler, options)
+        except BaseException:
+            self.close(0)
+            raise
+        return self
+
+    def close(self, timeout: Seconds = 10.0) -> None:
+        """As `Bus.close`."""
+        bus = self._bus
+        if bus._in_handler():
+            self._native.close_soon(timeout)
+            bus._started = False
+            return
+        subscriptions = bus._closing()
+        _wait(self._native.close(timeout))
+        bus._closed(subscriptions)
+
+    def __enter__(self) -> Self:
+        """`start`."""
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        """`close`."""
+        self.close()
+
+    @overload
+    def publish(
+        self,
+        event: Event[Any],
+        /,
+        *,
+        delay: Seconds | None = ...,
+        expires_in: Seconds | None = ...,
+        mode: Mode | None = ...,
+    ) -> Receipt: ...
+    @overload
+    def publish(
+        self,
+        type: str,
+        payload: object = ...,
+        *,
+        delay: Seconds | None = ...,
+        expires_in: Seconds | None = ...,
+        mode: Mode | None = ...,
+        raw: bytes | str | None = ...,
+        **meta: Unpack[MetaOptions],
+    ) -> Receipt: ...
+    def publish(
+        self,
+        type: Any,
+        payload: object = None,
+        *,
+        delay: Seconds | None = None,
+        expires_in: Seconds | None = None,
+        mode: Mode | None = None,
+        raw: bytes | str | None = None,
+        **meta: Any,
+    ) -> Receipt:
+        """As `Bus.publish`."""
+        given = None
+        if delay is not None or expires_in is not None or mode is not None:
+            given = {"delay": delay, "expires_in": expires_in, "mode": mode}
+        if self._bus._is_sync(given):
+            return self._publish_here(type, payload, raw, meta)
+        receipt: Receipt = _wait(self._native.publish(type, payload, raw, meta, given))
+        return receipt
+
+    def publish_many(self, events: Iterable[Event[Any]]) -> list[Receipt]:
+        """As `Bus.publish_many`."""
+        if self._native.mode == "sync":
+            return [self._publish_here(event, None, None, {}) for event in events]
+        receipts: list[Receipt] = _wait(self._native.publish_many(events))
+        return receipts
+
+    def _publish_here(self, type: Any, payload: object, raw: Any, meta: dict[str, Any]) -> Receipt:
+        from polybus.bus import _failed
+
+        bus = self._bus
+        if not bus._started and bus._registered and not self._native.closed:
+            self.start()
+        event, names = self._native.prepare(type, payload, raw, meta)
+        for name in names:
+            subscription = bus._subscriptions.get(name)
+            if subscription is None:
+                continue
+            delivered = event._delivered(subscription.group)
+            try:
+                result = subscription._handler(delivered)
+                if inspect.isawaitable(result):
+
+                    async def finish(result: Any = result) -> None:
+                        await result
+
+                    asyncio.run(asyncio.wait_for(finish(), subscription._timeout))
+            except asyncio.TimeoutError as error:
+                raise HandlerTimeout(f"{name} ran longer than {subscription._timeout} s") from error
+            except Exception as error:
+                raise _failed(name, error) from error
+        return Receipt(event.meta.id)
+
+    def subscribe(
+        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
+    ) -> BlockingSubscription:
+        """As `Bus.subscribe`, for plain functions."""
+        return BlockingSubscription(self._subscribe(pattern, handler, dict(options)))
+
+    def _subscribe(self, pattern: str, handler: object, options: dict[str, Any]) -> Subscription:
+        checked, options, name, concurrency = self._bus._checked(pattern, handler, options)
+        if _handlers.is_async(checked):
+            raise InvalidHandler(f"{name} is async; bus.blocking runs plain functions, await bus.start() runs both")
+        operation, claim = self._bus._on_threads(pattern, checked, options, concurrency, None)
+        try:
+            native = _wait(operation)
+        except BaseException:
+            claim(None)
+            raise
+        subscription: Subscription = claim(native)
+        return subscription
+
+    def events(self, pattern: str, **options: Unpack[SubscribeOptions]) -> Generator[Event[Any], None, None]:
+        """As `Bus.events`, in the calling thread."""
+        given: dict[str, Any] = {"name": f"events:{pattern}", "concurrency": 1, **options}
+        self._native.check_subscription(pattern, given)
+        bridge = _native.Bridge(True)
+        number = next(_handlers.numbers)
+        operation, reporter = self._native.subscribe(bridge, number, pattern, given)
+        native = _wait(operation)
+        job: int | None = None
+        try:
+            while native.active and (taken := bridge.wait(True)) is not None:
+                _runtime.drain_logs()
+                for _, job, event in taken[0]:
+                    yield event
+                    reporter.done([job])
+                    job = None
+        finally:
+            if job is not None:
+                reporter.abandoned([job])
+            _wait(native.drain(0))
+
+    def guarantees(self) -> Guarantees:
+        """As `Bus.guarantees`."""
+        guarantees: Guarantees = _wait(self._native.guarantees())
+        return guarantees
+
+    def stats(self) -> dict[str, SubscriptionStats]:
+        """As `Bus.stats`."""
+        stats: dict[str, SubscriptionStats] = _wait(self._native.stats())
+        return stats
+
+    def metrics(self) -> str:
+        """As `Bus.metrics`."""
+        return self._bus.metrics()
+
+    def delete_group(self, group: str) -> bool:
+        """As `Bus.delete_group`."""
+        existed: bool = _wait(self._native.delete_group(group))
+        return existed

@@ -1,0 +1,72 @@
+"""Retries around any function, in process, with the arithmetic of the core."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
+
+from polybus._native import RetryPolicy
+from polybus.errors import Reject, Retry
+
+__all__ = ["RetryPolicy", "with_retry"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def with_retry(
+    handler: Callable[P, Awaitable[T]],
+    policy: RetryPolicy | None = None,
+    *,
+    on_dead: Callable[..., object] | None = None,
+    name: str | None = None,
+    logger: logging.Logger | None = None,
+) -> Callable[P, Awaitable[T]]:
+    """Wrap an async function so that it is tried again when it raises, as `policy` says (default: `RetryPolicy()`).
+
+    When the policy gives up, or the function raises `Reject`, `on_dead` is called with the function's arguments
+    followed by the error, and awaited if it returns an awaitable; then the last error is raised. `Retry(after=…)`
+    overrules the policy's delay and counts as an attempt. Cancellation is never retried.
+    """
+    if not callable(handler):
+        raise TypeError(f"with_retry takes a function, not {type(handler).__qualname__}")
+    if policy is None:
+        policy = RetryPolicy()
+    elif not isinstance(policy, RetryPolicy):
+        raise TypeError(f"policy is a {type(policy).__qualname__}; give RetryPolicy(max_retries=…)")
+    rules, log = policy, logger or logging.getLogger("polybus")
+    label = name or getattr(handler, "__qualname__", type(handler).__qualname__)
+
+    @functools.wraps(handler, updated=())
+    async def attempts(*args: P.args, **kwargs: P.kwargs) -> T:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await handler(*args, **kwargs)
+            except Exception as error:
+                delay = None if isinstance(error, Reject) else rules.delay(attempt)
+                if delay is None:
+                    log.warning("%s gave up after %d attempts: %s", label, attempt, type(error).__qualname__)
+                    await bury(error, *args, **kwargs)
+                    raise
+                if isinstance(error, Retry) and error.after is not None:
+                    delay = error.after
+                log.info("%s: attempt %d raised %s, again in %.3f s", label, attempt, type(error).__qualname__, delay)
+            await asyncio.sleep(delay)
+
+    async def bury(error: Exception, *args: object, **kwargs: object) -> None:
+        if on_dead is None:
+            return
+        try:
+            result = on_dead(*args, error, **kwargs)
+            if inspect.isawaitable(result):
+                await result
+        except Exception:  # the handler's own error is the one to raise
+            log.exception("on_dead of %s failed", label)
+
+    return attempts
