@@ -1,0 +1,35 @@
+"""SQLite, the consumer: one subscription; ends when its group has nothing unfinished, or with the delays of each event."""
+
+import asyncio
+
+from common import IN_FLIGHT, ask, now, percentiles, say
+from polybus import Bus, Event
+
+
+async def main() -> None:
+    handled, done = 0, asyncio.Event()
+    delays: list[int] = []
+
+    async def count(event: Event) -> None:
+        nonlocal handled
+        handled += 1
+        if handled == ask.events:
+            done.set()
+
+    async def clock(event: Event) -> None:
+        entered = now()
+        delays.append(entered - event.payload["sent"])
+        await count(event)
+
+    url = f"sqlite:///{ask.path}"
+    async with Bus(url, service="bench", durability=ask.durability, buffer_size=2 * IN_FLIGHT) as bus:
+        handler = clock if ask.latency else count
+        subscription = await bus.subscribe("order.*", handler, name="bench", concurrency=IN_FLIGHT)
+        say(ready=True)
+        await done.wait()
+        while (await subscription.stats())["pending"]:
+            await asyncio.sleep(0.001)
+        say(ended=now(), handled=handled, **(percentiles(delays) if delays else {}))
+
+
+asyncio.run(main())

@@ -1,0 +1,22 @@
+"""SQLite, the producer: `publish_many` of 100 as fast as it goes, or one event at a time at a given rate."""
+
+import asyncio
+
+from common import BATCH, TYPE, ask, batches, now, pace, payload, say, wait_for_go
+from polybus import Bus, Event
+
+
+async def main() -> None:
+    async with Bus(f"sqlite:///{ask.path}", service="bench", durability=ask.durability) as bus:
+        wait_for_go()
+        started = now()
+        if ask.per_second:
+            async for i in pace(ask.events, ask.per_second):
+                await bus.publish(TYPE, payload(i, now()))
+        else:
+            for batch in batches(ask.events, BATCH):
+                await bus.publish_many([Event.create(TYPE, payload(i)) for i in batch])
+        say(started=started, ended=now())
+
+
+asyncio.run(main())
