@@ -12,7 +12,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -31,7 +34,7 @@ class Program:
 
     def __init__(self, task: str, ask: Facts) -> None:
         self.name = task
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__, after the process
         self._process = subprocess.Popen(
             [sys.executable if task.endswith(".py") else "node", str(BENCH / "tasks" / task), json.dumps(ask)],
             stdin=subprocess.PIPE,
@@ -40,7 +43,7 @@ class Program:
             text=True,
         )
 
-    def __enter__(self) -> Program:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +57,7 @@ class Program:
                     pipe.close()
 
     def hear(self) -> Facts:
-        """The next line of JSON; other lines are somebody's banner."""
+        """Wait for the next line of JSON; other lines are somebody's banner."""
         assert self._process.stdout is not None
         alarm = threading.Timer(PATIENCE, self._process.kill)
         alarm.start()
@@ -79,20 +82,20 @@ class Program:
 
 @contextlib.contextmanager
 def fresh_file() -> Iterator[str]:
-    """A path in a new folder on the repository's disk (not /tmp, which may be memory), quiet before and gone after."""
+    """Lend a path in a new folder, on the repository's disk because /tmp may be memory; the disk is quiet first."""
     with tempfile.TemporaryDirectory(prefix=".run-", dir=BENCH) as folder:
         os.sync()
         yield f"{folder}/events.db"
 
 
 def alone(task: str, **ask: Any) -> Facts:
-    """The answer of a program that measures itself."""
+    """Run a program that measures itself, and return its answer."""
     with fresh_file() as path, Program(task, {"path": path, **ask}) as program:
         return program.hear()
 
 
 def pair(consumer: str, producer: str, **ask: Any) -> Facts:
-    """The consumer's answer, and `rate`: events per second from the producer's first call to the consumer's end."""
+    """Run both; the consumer's answer, and `rate`: events/s from the producer's first call to the consumer's end."""
     with fresh_file() as path:
         ask = {"path": path, "latency": False, "per_second": 0, **ask}
         with Program(consumer, {**ask, "part": "consume"}) as receiver:
@@ -106,7 +109,7 @@ def pair(consumer: str, producer: str, **ask: Any) -> Facts:
 
 
 def pattern_example() -> Facts:
-    """What the core's own example prints; built by the first call."""
+    """Run the core's own example; the first call builds it."""
     command = ["cargo", "run", "--quiet", "--release", "-p", "polybus-core", "--example", "pattern_bench"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode:

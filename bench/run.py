@@ -48,13 +48,13 @@ class Results:
         return statistics.median(found) if found else None
 
     def show(self, figure: str) -> str:
-        """Median (min – max), or why there is none."""
+        """Median (min - max), or why there is none."""
         found, (name, _, _) = self.samples.get(figure), figure.rpartition(".")
         if name in self.errors:
             return f"failed: {self.errors[name][:160]}".replace("|", "\\|")
         if not found:
             return "not measured"
-        return f"**{number(statistics.median(found))}** ({number(min(found))} – {number(max(found))})"
+        return f"**{number(statistics.median(found))}** ({number(min(found))} - {number(max(found))})"
 
 
 def number(value: float) -> str:
@@ -67,7 +67,7 @@ def line(row: Row, results: Results) -> Iterable[str]:
     wanted = [
         (row.at_least, "≥ {}", ours, 1),
         (row.at_most, "≤ {}", ours, -1),
-        (row.ratio_at_least, "≥ {} ×", ratio, 1),
+        (row.ratio_at_least, "≥ {} x", ratio, 1),
     ]
     targets = [(text.format(number(goal)), got, goal, sign) for goal, text, got, sign in wanted if goal is not None]
     met = [got is not None and got * sign >= goal * sign for _, got, goal, sign in targets]
@@ -75,7 +75,7 @@ def line(row: Row, results: Results) -> Iterable[str]:
     yield row.what
     yield results.show(row.ours)
     yield beside
-    yield f"{ratio:.3g} ×" if ratio else ""
+    yield f"{ratio:.3g} x" if ratio else ""
     yield ", ".join(text for text, *_ in targets)
     if not targets or any(got is None for _, got, _, _ in targets):
         yield "not measured" if targets else ""
@@ -118,7 +118,7 @@ def machine() -> str:
 
 
 def rewrite(section: str, text: str) -> None:
-    """Replaces what stands between the section's two markers in the README."""
+    """Replace what stands between the section's two markers in the README."""
     first, last = f"<!-- {section}: written by run.py -->", f"<!-- end of {section} -->"
     before, found, rest = README.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from common import ask, say
+
 from polybus import Bus, Event
 
 

@@ -3,6 +3,7 @@
 import asyncio
 
 from common import IN_FLIGHT, TYPE, ask, batches, now, payload, rate, say
+
 from polybus import Bus, Event
 
 

@@ -14,8 +14,8 @@ from common import BATCH, ask, batches, now, payload, percentiles, say, wait_for
 from flexiq import Queue
 
 logging.disable(logging.CRITICAL)
-# The fastest of what we tried. The defaults (1 job per round, a round every 50 ms, a thread per core) end at 75 per second;
-# push_dispatch does not reach another process, whose worker then looks every 2 seconds.
+# The fastest of what we tried. The defaults (1 job per round, a round every 50 ms, a thread per core) end at 75 per
+# second; push_dispatch does not reach another process, whose worker then looks every 2 seconds.
 queue = Queue(ask.path, scheduler_batch_size=100, scheduler_poll_interval_ms=1, workers=64)
 handled = 0
 done = threading.Event()

@@ -1,4 +1,4 @@
-// SQLite, the consumer: one subscription; ends when its group has nothing unfinished, or with the delays of each event.
+// SQLite, the consumer: one subscription; ends when its group has nothing unfinished. Says the delays, if asked.
 import { ask, IN_FLIGHT, now, percentiles, polybus, say, sleep } from './common.mjs'
 
 const { Bus } = await polybus()

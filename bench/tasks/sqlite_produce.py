@@ -3,6 +3,7 @@
 import asyncio
 
 from common import BATCH, TYPE, ask, batches, now, pace, payload, say, wait_for_go
+
 from polybus import Bus, Event
 
 

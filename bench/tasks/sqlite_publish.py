@@ -3,6 +3,7 @@
 import asyncio
 
 from common import TYPE, ask, now, payload, rate, say
+
 from polybus import Bus, Event
 
 
