@@ -47,7 +47,7 @@ async def main(url: str) -> None:
                 case "dead":
                     tell({"dead": [described(letter) for letter in await bus.dead_letters.list(limit=100)]})
                 case "replay":
-                    tell({"replayed": await bus.dead_letters.replay()})
+                    tell({"replayed": await bus.dead_letters.replay({})})
 
 
 def snake(name: str) -> str:

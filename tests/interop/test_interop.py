@@ -35,7 +35,8 @@ class Actor:
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.wait("ready")
 
     def _read(self) -> None:
@@ -58,11 +59,17 @@ class Actor:
     def end(self) -> int:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self._process.wait(DEADLINE)
+        code = self._process.wait(DEADLINE)
+        self.kill()
+        return code
 
     def kill(self) -> None:
-        self._process.kill()
+        self._process.kill()  # nothing happens if it has ended
         self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,10 @@ fn tell(value: &Value) {
     out.flush().unwrap();
 }
 
+/// The event without its payload, which need not fit into a `Value`.
 fn wire(event: &Event) -> Value {
-    serde_json::from_slice(&codec::encode(event).unwrap()).unwrap()
+    let bare = Event::new(event.event_type.clone(), "null".into(), event.meta.clone());
+    serde_json::from_slice(&codec::encode(&bare).unwrap()).unwrap()
 }
 
 fn text(event: &Event) -> String {
