@@ -193,9 +193,9 @@ impl Bridge {
         self.host.forget(key);
     }
 
-    /// Resolves what finished and returns what is to be started and stopped: `(jobs, cancelled)`, where a job is
-    /// `(subscription, job, event)` and a cancelled one `(subscription, job)`.
-    fn take(&self, py: Python<'_>, max: usize) -> PyResult<(Vec<Started>, Vec<(u32, u64)>)> {
+    /// Resolves what finished and returns what is to be started and stopped: `(jobs, cancelled)`. Jobs come in order as
+    /// `(subscription, [(job, event), …])`, what is cancelled as `(subscription, job)`.
+    fn take(&self, py: Python<'_>, max: usize) -> PyResult<Given> {
         if let Wake::Loop(bell) = &*self.wake {
             bell.hear();
         }
@@ -212,7 +212,7 @@ impl Bridge {
 
     /// Waits for one job, with the GIL released. `None` when the bridge was stopped, or when there is something else to
     /// look at. With `signals`, looks at them every 50 ms.
-    fn wait(&self, py: Python<'_>, signals: bool) -> PyResult<Option<(Vec<Started>, Vec<(u32, u64)>)>> {
+    fn wait(&self, py: Python<'_>, signals: bool) -> PyResult<Option<Given>> {
         let Wake::Threads { state, changed, idle } = &*self.wake else {
             return Err(PyRuntimeError::new_err("a loop watches, it does not wait"));
         };
@@ -262,8 +262,10 @@ impl Bridge {
     }
 }
 
-/// Subscription, job, event.
-type Started = (u32, u64, Py<PyEvent>);
+/// Jobs of one subscription, in order.
+type Started = (u32, Vec<(u64, Py<PyEvent>)>);
+/// What is to be started, and what is to be stopped.
+type Given = (Vec<Started>, Vec<(u32, u64)>);
 
 impl Bridge {
     /// A handler whose jobs this bridge hands out under `subscription`.
@@ -273,25 +275,26 @@ impl Bridge {
     }
 
     fn started(&self, py: Python<'_>, jobs: Vec<HostJob>) -> PyResult<Vec<Started>> {
-        if jobs.is_empty() {
-            return Ok(Vec::new());
-        }
-        // The lock is not held while objects are made: that may run a finalizer, which may come back here.
-        let mut last: Option<(u32, Text)> = None;
-        let start = |HostJob { subscription, job }| {
-            let group = match &last {
-                Some((known, group)) if *known == subscription => group.clone(),
-                _ => {
-                    let group = lock(&self.groups).get(&subscription).cloned().unwrap_or_default();
-                    last = Some((subscription, group.clone()));
-                    group
-                }
+        let mut started: Vec<Started> = Vec::new();
+        let mut group = Text::default();
+        for HostJob { subscription, job } in jobs {
+            if started.last().is_none_or(|(last, _)| *last != subscription) {
+                // The lock is not held while objects are made: that may run a finalizer, which may come back here.
+                group = lock(&self.groups).get(&subscription).cloned().unwrap_or_default();
+                started.push((subscription, Vec::new()));
+            }
+            let delivery = Delivery {
+                attempt: job.attempt,
+                redelivered: job.redelivered,
+                group: group.clone(),
+                received_at: job.received_at,
             };
-            let delivery =
-                Delivery { attempt: job.attempt, redelivered: job.redelivered, group, received_at: job.received_at };
-            Ok((subscription, job.id, Py::new(py, PyEvent::delivered(job.event, delivery))?))
-        };
-        jobs.into_iter().map(start).collect()
+            let event = Py::new(py, PyEvent::delivered(job.event, delivery))?;
+            if let Some((_, jobs)) = started.last_mut() {
+                jobs.push((job.id, event));
+            }
+        }
+        Ok(started)
     }
 }
 

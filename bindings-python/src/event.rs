@@ -20,7 +20,7 @@ use crate::error::{invalid_event, raise};
 use crate::json;
 
 /// What happened, with the facts around it. Immutable; made by `Event.create`, `event.child` and `Event.from_dict`.
-#[pyclass(name = "Event", module = "polybus", frozen, weakref)]
+#[pyclass(name = "Event", module = "polybus", frozen)]
 pub struct PyEvent {
     pub event: Event,
     payload: PyOnceLock<Py<PyAny>>,

@@ -109,7 +109,8 @@ fn write_text(out: &mut Vec<u8>, text: &Bound<'_, PyString>) -> Written {
 }
 
 fn write_str(out: &mut Vec<u8>, text: &str) {
-    if text.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+    // Without an early exit, so that the compiler can look at many bytes at once.
+    if !text.bytes().fold(false, |found, b| found | (b < 0x20) | (b == b'"') | (b == b'\\')) {
         out.reserve(text.len() + 2);
         out.push(b'"');
         out.extend_from_slice(text.as_bytes());

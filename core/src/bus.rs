@@ -144,8 +144,9 @@ impl Bus {
             return Err(closed());
         }
         let limit = self.0.options.max_payload_bytes;
-        let failures: Vec<_> =
-            batch.iter_mut().enumerate().filter_map(|(i, o)| Some((i, self.stamp(o, limit).err()?))).collect();
+        let instance = &process::current().instance_id;
+        let stamp = |(i, o)| Some((i, self.stamp(o, limit, instance).err()?));
+        let failures: Vec<_> = batch.iter_mut().enumerate().filter_map(stamp).collect();
         if let Some((index, first)) = failures.first() {
             let kind = first.kind();
             let message = format!("event {index} of {}: {}; nothing was published", batch.len(), first.message());
@@ -181,7 +182,7 @@ impl Bus {
         }
     }
 
-    fn stamp(&self, outgoing: &mut Outgoing, limit: usize) -> Result<()> {
+    fn stamp(&self, outgoing: &mut Outgoing, limit: usize, instance: &Text) -> Result<()> {
         if outgoing.event.payload.len() > limit {
             codec::check_payload(&outgoing.event.payload, limit)?;
         }
@@ -189,7 +190,7 @@ impl Bus {
         if meta.source.is_none() || meta.instance_id.is_none() {
             outgoing.event = outgoing.event.with_meta(|meta| {
                 meta.source.get_or_insert_with(|| self.0.service.clone());
-                meta.instance_id.get_or_insert_with(|| process::current().instance_id.clone());
+                meta.instance_id.get_or_insert_with(|| instance.clone());
             });
         }
         Ok(())
@@ -300,7 +301,7 @@ impl Bus {
     /// Checks and completes `event` as [`Bus::publish`] does, for a publish that this process handles itself.
     pub fn prepare(&self, event: Event) -> Result<Event> {
         let mut outgoing = Outgoing { event, delay: None, expires_in: None };
-        self.stamp(&mut outgoing, self.0.options.max_payload_bytes)?;
+        self.stamp(&mut outgoing, self.0.options.max_payload_bytes, &process::current().instance_id)?;
         Ok(outgoing.event)
     }
 

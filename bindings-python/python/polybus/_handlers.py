@@ -116,10 +116,12 @@ class LoopHandler:
     def __init__(
         self,
         bus: _native.NativeBus,
+        name: str,
         handler: Callable[[Event[Any]], Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._bus = bus
+        self._name = name
         self._handler = handler
         self._loop = loop
         self._call_soon = loop.call_soon
@@ -127,24 +129,37 @@ class LoopHandler:
         self._cancelled: set[int] = set()
         self._done: list[int] = []
         self.subscription: _native.NativeSubscription | None = None
-        if sys.version_info >= (3, 12):
-            self.start = self._start_eagerly
+        # The context of each task is a copy of this one; Python 3.10 cannot be told, see `_run`.
+        self._context = contextvars.Context()
+        self._context.run(current.set, bus)
 
-    def start(self, job: int, event: Event[Any]) -> None:
-        """Run the handler in a task of its own."""
-        self._tasks[job] = self._loop.create_task(self._run(job, event))
+    def start(self, batch: list[tuple[int, Event[Any]]]) -> None:
+        """Run the handler in a task of its own for each event."""
+        started = 0
+        try:
+            for started, (job, event) in enumerate(batch, 1):
+                task = self._task(self._run(job, event))
+                if not task.done():
+                    self._tasks[job] = task
+        except BaseException:
+            self.reporter.abandoned([job for job, _ in batch[started:]])
+            raise
 
-    def _start_eagerly(self, job: int, event: Event[Any]) -> None:
-        """Likewise; a handler that does not wait ends here, without a turn of the loop."""
-        if self._loop.get_task_factory() is not None:
-            task = self._loop.create_task(self._run(job, event))
+    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        if sys.version_info >= (3, 11):
+            context = self._context.copy()
+            if self._loop.get_task_factory() is not None:
+                return self._loop.create_task(coroutine, name=self._name, context=context)
+            if sys.version_info >= (3, 12):
+                # A handler that does not wait ends here, without a turn of the loop.
+                return asyncio.Task(coroutine, loop=self._loop, name=self._name, context=context, eager_start=True)
+            return asyncio.Task(coroutine, loop=self._loop, name=self._name, context=context)
         else:
-            task = asyncio.Task(self._run(job, event), loop=self._loop, eager_start=True)  # type: ignore[call-arg]
-        if not task.done():
-            self._tasks[job] = task
+            return self._loop.create_task(coroutine, name=self._name)
 
     async def _run(self, job: int, event: Event[Any]) -> None:
-        current.set(self._bus)
+        if sys.version_info < (3, 11):
+            current.set(self._bus)
         try:
             await self._handler(event)
         except BaseException as error:
@@ -185,6 +200,9 @@ class LoopHandler:
         """The loop is going: hand everything back."""
         if self._done:
             self._flush()
+        for task in self._tasks.values():
+            # A loop that was closed by hand drops its tasks, with a complaint for each: these are accounted for.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
         if self.subscription is not None:
             self.subscription.abandon()
 
@@ -222,9 +240,12 @@ class ThreadPool:
                 self._limit -= handler.concurrency
 
     def _grow(self) -> None:
-        """One thread waits, if there may be another one."""
+        """One thread waits, if there may be another one.
+
+        It is one more than the handlers may need: somebody has to hear that a job was cancelled.
+        """
         with self._lock:
-            if self.native.idle() > 0 or len(self._threads) >= self._limit:
+            if self.native.idle() > 0 or len(self._threads) > self._limit:
                 return
             thread = threading.Thread(target=self._work, name=f"polybus-{len(self._threads) + 1}", daemon=True)
             self._threads.add(thread)
@@ -239,16 +260,17 @@ class ThreadPool:
             jobs, cancelled = taken
             for key in cancelled:
                 self._give_up(key)
-            for number, job, event in jobs:
+            for number, batch in jobs:
                 handler = self._handlers.get(number)
                 if handler is None:
                     continue
-                self._running[number, job] = thread
-                self._grow()
-                try:
-                    handler.run(job, event)
-                finally:
-                    self._running.pop((number, job), None)
+                for job, event in batch:
+                    self._running[number, job] = thread
+                    self._grow()
+                    try:
+                        handler.run(job, event)
+                    finally:
+                        self._running.pop((number, job), None)
             drain_logs()
         self._threads.discard(thread)
 

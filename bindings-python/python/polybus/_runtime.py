@@ -79,18 +79,17 @@ class LoopBridge:
                 if handler := self.handlers.get(number):
                     handler.cancel(job)
         if jobs:
-            handlers = self.handlers
-            for position, (number, job, event) in enumerate(jobs):
-                handler = handlers.get(number)
-                if handler is None:
-                    continue  # its subscription has ended
-                try:
-                    handler.start(job, event)
-                except BaseException:  # a handler that ended the program at once: the others' events go back
-                    for number, job, _ in jobs[position + 1 :]:
-                        if handler := handlers.get(number):
-                            handler.reporter.abandoned([job])
-                    raise
+            started = 0
+            try:
+                for started, (number, batch) in enumerate(jobs, 1):
+                    # A handler that is not there: its subscription has ended.
+                    if handler := self.handlers.get(number):
+                        handler.start(batch)
+            except BaseException:  # a handler ended the program at once: the others' events go back
+                for number, batch in jobs[started:]:
+                    if handler := self.handlers.get(number):
+                        handler.reporter.abandoned([job for job, _ in batch])
+                raise
         drain_logs()
 
     def shut_down(self) -> None:

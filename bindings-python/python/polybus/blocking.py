@@ -270,10 +270,11 @@ class Blocking:
         try:
             while native.active and (taken := bridge.wait(True)) is not None:
                 _runtime.drain_logs()
-                for _, job, event in taken[0]:
-                    yield event
-                    reporter.done([job])
-                    job = None
+                for _, batch in taken[0]:
+                    for job, event in batch:
+                        yield event
+                        reporter.done([job])
+                        job = None
         finally:
             if job is not None:
                 reporter.abandoned([job])

@@ -363,7 +363,7 @@ class Bus:
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, handler, loop)
+        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop)
         handlers = weakref.ref(bridge)
 
         def ended() -> None:

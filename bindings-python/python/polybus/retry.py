@@ -28,8 +28,8 @@ def with_retry(
 ) -> Callable[P, Awaitable[T]]:
     """Wrap an async function so that it is tried again when it raises, as `policy` says (default: `RetryPolicy()`).
 
-    When the policy gives up, or the function raises `Reject`, `on_dead` is called with the function's arguments
-    followed by the error, and awaited if it returns an awaitable; then the last error is raised. `Retry(after=…)`
+    When the policy gives up, or the function raises `Reject`, `on_dead` is called with the error and the
+    function's arguments, and awaited if it returns an awaitable; then the last error is raised. `Retry(after=…)`
     overrules the policy's delay and counts as an attempt. Cancellation is never retried.
     """
     if not callable(handler):
@@ -63,7 +63,7 @@ def with_retry(
         if on_dead is None:
             return
         try:
-            result = on_dead(*args, error, **kwargs)
+            result = on_dead(error, *args, **kwargs)
             if inspect.isawaitable(result):
                 await result
         except Exception:  # the handler's own error is the one to raise
