@@ -7,7 +7,7 @@
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Mutex;
 
-use jiter::{Jiter, JiterError, Peek};
+use jiter::{Jiter, JiterError, JiterErrorType, JsonErrorType, Peek};
 use pyo3::exceptions::PyRecursionError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -247,6 +247,9 @@ pub fn decode<'py>(py: Python<'py>, json: &[u8]) -> PyResult<Bound<'py, PyAny>> 
 }
 
 fn not_json(py: Python<'_>, error: &JiterError) -> PyErr {
+    if let JiterErrorType::JsonError(JsonErrorType::NumberOutOfRange) = error.error_type {
+        return too_many_digits(py);
+    }
     invalid_event(py, format!("the payload is not JSON text: {}", error.error_type))
 }
 
@@ -310,11 +313,15 @@ fn number<'py>(py: Python<'py>, digits: &[u8]) -> PyResult<Bound<'py, PyAny>> {
     match digits.parse::<i64>() {
         Ok(value) => Ok(PyInt::new(py, value).into_any()),
         Err(_) => int_type(py).call1((digits,)).map_err(|cause| {
-            let error = invalid_event(py, "the payload holds an int with more digits than Python reads; see event.raw");
+            let error = too_many_digits(py);
             error.set_cause(py, Some(cause));
             error
         }),
     }
+}
+
+fn too_many_digits(py: Python<'_>) -> PyErr {
+    invalid_event(py, "the payload holds a number with more digits than Python reads; take them from event.raw")
 }
 
 fn int_type(py: Python<'_>) -> &Bound<'_, PyType> {

@@ -50,10 +50,8 @@ impl Log for Logger {
             }
             records.push_back((level, record.args().to_string()));
         }
-        let wake = lock(&queue().wakes).iter().find_map(Weak::upgrade);
-        if let Some(wake) = wake {
-            wake.ring();
-        }
+        // All of them: the loop of one may never turn again.
+        lock(&queue().wakes).iter().filter_map(Weak::upgrade).for_each(|wake| wake.ring());
     }
 
     fn flush(&self) {}

@@ -433,7 +433,7 @@ impl Reader {
         let base = RetryPolicy::default();
         let factor = self.take("factor");
         let policy = RetryPolicy {
-            max_retries: self.integer("max_retries", 0..=1_000_000)?.map_or(base.max_retries, |n| n as u32),
+            max_retries: self.integer("max_retries", 0..=u64::from(u32::MAX))?.map_or(base.max_retries, |n| n as u32),
             initial_delay: self.duration("initial_delay_ms", Duration::ZERO)?.unwrap_or(base.initial_delay),
             max_delay: self.duration("max_delay_ms", Duration::ZERO)?.unwrap_or(base.max_delay),
             factor: match factor.as_ref().map(Value::as_f64) {

@@ -137,7 +137,7 @@ class LoopHandler:
         """Run the handler in a task of its own for each event."""
         started = 0
         try:
-            for started, (job, event) in enumerate(batch, 1):
+            for started, (job, event) in enumerate(batch, 1):  # noqa: B007
                 task = self._task(self._run(job, event))
                 if not task.done():
                     self._tasks[job] = task

@@ -81,7 +81,7 @@ class LoopBridge:
         if jobs:
             started = 0
             try:
-                for started, (number, batch) in enumerate(jobs, 1):
+                for started, (number, batch) in enumerate(jobs, 1):  # noqa: B007
                     # A handler that is not there: its subscription has ended.
                     if handler := self.handlers.get(number):
                         handler.start(batch)

@@ -41,6 +41,9 @@ class Bus:
     unknown keyword; both name the nearest right word.
     """
 
+    _lazy = False
+    """Whether the first use starts it: so does a test bus."""
+
     def __init__(self, url: str | None = None, **options: Unpack[BusOptions]) -> None:
         given: dict[str, Any] = dict(options)
         logger: Any = given.pop("logger", None)
@@ -238,8 +241,8 @@ class Bus:
         given = None
         if delay is not None or expires_in is not None or mode is not None:
             given = {"delay": delay, "expires_in": expires_in, "mode": mode}
-        if self._late:
-            await asyncio.wait(self._late)
+        if self._late or self._lazy:
+            await self._settle()
         if self._is_sync(given):
             return await self._publish_here(type, payload, raw, meta)
         receipt: Receipt = await _runtime.run(self._native.publish(type, payload, raw, meta, given))
@@ -255,16 +258,23 @@ class Bus:
 
     async def publish_many(self, events: Iterable[Event[Any]]) -> list[Receipt]:
         """Publish events in order, all or none. The error's `.failures` lists which were refused, and why."""
-        if self._late:
-            await asyncio.wait(self._late)
+        if self._late or self._lazy:
+            await self._settle()
         if self._native.mode == "sync":
             return [await self._publish_here(event, None, None, {}) for event in events]
         receipts: list[Receipt] = await _runtime.run(self._native.publish_many(events))
         return receipts
 
+    async def _settle(self) -> None:
+        """What must have happened before anything else does."""
+        if self._lazy and not self._started and not self._native.closed:
+            await self.start()
+        if self._late:
+            await asyncio.wait(self._late)
+
     async def _publish_here(self, type: Any, payload: object, raw: Any, meta: dict[str, Any]) -> Receipt:
         if not self._started and self._registered and not self._native.closed:
-            await self.start()
+            await self.start()  # handlers that nobody subscribed would be left out in silence
         event, names = self._native.prepare(type, payload, raw, meta)
         for name in names:
             subscription = self._subscriptions.get(name)
@@ -294,6 +304,7 @@ class Bus:
         wait for that; use `subscribe` to wait for it yourself. Errors, at once: `InvalidPattern`, `InvalidConfig`,
         `DuplicateSubscription`, `TypeError`.
         """
+        self._native.check_subscription(pattern, {"name": "handler", **options})
 
         def register(handler: H) -> H:
             entry = self._register(pattern, handler, dict(options))
@@ -341,6 +352,8 @@ class Bus:
         `Reject("why")` = dead letter now. A plain function runs on a thread. Errors: `InvalidPattern`, `InvalidConfig`,
         `DuplicateSubscription`, `BusClosed`, `ConnectionFailed`; `TypeError` for an unknown keyword.
         """
+        if self._lazy:
+            await self._settle()
         return await self._subscribe(pattern, handler, dict(options))
 
     async def _subscribe(self, pattern: str, handler: object, options: dict[str, Any]) -> Subscription:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from polybus import _runtime
-from polybus._native import Event, Receipt
+from polybus._native import Event
 from polybus.bus import Bus
-from polybus.subscription import Subscription
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,31 +56,11 @@ class TestBus(Bus):
     """A bus in memory whose time the test moves. It starts itself when it is first used."""
 
     __test__ = False  # for pytest: not a test
+    _lazy = True
 
     def __init__(self, service: str = "test", **options: Any) -> None:
         options.update(service=service, virtual_clock=True)
         super().__init__(f"memory://test-{os.getpid()}-{next(_numbers)}", **options)
-
-    async def _begin(self) -> None:
-        if not self._started and not self._native.closed:
-            await self.start()
-
-    async def publish(self, *args: Any, **kwargs: Any) -> Receipt:
-        """As `Bus.publish`."""
-        await self._begin()
-        return await super().publish(*args, **kwargs)
-
-    async def publish_many(self, events: Iterable[Event[Any]]) -> list[Receipt]:
-        """As `Bus.publish_many`."""
-        await self._begin()
-        return await super().publish_many(events)
-
-    async def subscribe(
-        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
-    ) -> Subscription:
-        """As `Bus.subscribe`."""
-        await self._begin()
-        return await super().subscribe(pattern, handler, **options)
 
     def published(self, pattern: str = "**") -> list[Event[Any]]:
         """What this bus published, in order."""
@@ -89,7 +68,7 @@ class TestBus(Bus):
 
     async def wait_for(self, pattern: str, timeout: float | timedelta = 5.0) -> Event[Any]:
         """The first matching event, published before or after this call. `TimeoutError` after real seconds."""
-        await self._begin()
+        await self._settle()
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         waiting = asyncio.ensure_future(_runtime.bridge().run_or_forget(self._native.wait_for(pattern)))
         done, _ = await asyncio.wait({waiting}, timeout=seconds)
@@ -128,15 +107,13 @@ class TestBus(Bus):
 
         Waits for handlers for one real second at most: one that waits for the test itself goes on afterwards.
         """
-        await self._begin()
+        await self._settle()
         self._native.advance(seconds)
         await self._idle(1.0)
 
     async def idle(self) -> None:
         """Wait until nothing is left to do at this moment of the bus's time."""
-        await self._begin()
-        if self._late:
-            await asyncio.wait(self._late)
+        await self._settle()
         await self._idle(None)
 
     async def _idle(self, timeout: float | None) -> None:

@@ -3,7 +3,121 @@
 An error that must be reported stands as `# type: ignore[code]`; strict mode fails when it is not reported.
 """
 
+from datetime import timedelta
+from typing import Any, TypedDict
+
+from typing_extensions import assert_type
+
 import polybus
+from polybus import (
+    Aggregate,
+    Bus,
+    DeadLetter,
+    Delivery,
+    Event,
+    Guarantees,
+    PolybusError,
+    Receipt,
+    RetryPolicy,
+    Subscription,
+    SubscriptionStats,
+    with_retry,
+)
+from polybus.testing import MockHandler, TestBus
 
 version: str = polybus.version()
 wrong: int = polybus.version()  # type: ignore[assignment]
+
+
+class Order(TypedDict):
+    orderId: str
+
+
+bus = Bus("sqlite:///events.db", service="shop", lease=timedelta(seconds=5), retry=RetryPolicy(max_retries=5))
+Bus("memory://")  # type: ignore[call-arg]
+Bus(service="shop", leese=3.0)  # type: ignore[call-arg]
+Bus(service="shop", mode="snyc")  # type: ignore[arg-type]
+Bus(service=5)  # type: ignore[arg-type]
+
+
+@bus.on("order.*", retry=RetryPolicy(max_retries=5), timeout=5.0)
+async def send_mail(event: Event[Order]) -> None:
+    assert_type(event.payload, Order)
+    assert_type(event.payload["orderId"], str)
+    assert_type(event.type, str)
+    assert_type(event.raw, bytes)
+    assert_type(event.meta.correlation_id, str | None)
+    assert_type(event.meta.id, str)
+    assert_type(event.meta.aggregate, Aggregate | None)
+    assert_type(event.delivery, Delivery | None)
+    event.type = "other"  # type: ignore[misc]
+
+
+@bus.on("order.*", start="beginning", broadcast=True)
+def plain(event: Event) -> str:
+    assert_type(event.payload, Any)
+    return "fine"
+
+
+@bus.on("x", start="middle")  # type: ignore[arg-type]
+async def misplaced(event: Event) -> None: ...
+
+
+assert_type(plain(Event.create("x")), str)
+
+
+async def main() -> None:
+    async with bus as running:
+        assert_type(running, Bus)
+    assert_type(await bus.publish("order.created", {"orderId": "o-1"}, partition_key="o-1"), Receipt)
+    assert_type(await bus.publish(Event.create("x", 1), delay=1.0), Receipt)
+    await bus.publish(Event.create("x"), {"a": 1})  # type: ignore[call-overload]
+    await bus.publish("x", partition=3)  # type: ignore[call-overload]
+    assert_type(await bus.publish_many([Event.create("x")]), list[Receipt])
+    subscription = await bus.subscribe("*.*.delete", send_mail, name="audit")
+    assert_type(subscription, Subscription)
+    assert_type(await subscription.stats(), SubscriptionStats)
+    await subscription.unsubscribe()
+    async for event in bus.events("x", prefetch=10):
+        assert_type(event, Event[Any])
+        assert_type(event.child("y", {"n": 1}, user_id="u"), Event[Any])
+    assert_type(await bus.dead_letters.list(group="a", limit=5), list[DeadLetter])
+    assert_type(await bus.dead_letters.replay("id"), int)
+    assert_type(await bus.dead_letters.purge(older_than=timedelta(days=7)), int)
+    await bus.dead_letters.purge(colour="red")  # type: ignore[call-arg]
+    assert_type(await bus.guarantees(), Guarantees)
+    assert_type(await bus.stats(), dict[str, SubscriptionStats])
+    assert_type(bus.metrics(), str)
+
+
+async def twice(number: int, *, word: str) -> bytes:
+    return word.encode() * number
+
+
+async def retried() -> None:
+    assert_type(await with_retry(twice, RetryPolicy(1))(2, word="a"), bytes)
+    await with_retry(twice)("2", word="a")  # type: ignore[arg-type]
+
+
+def blocking() -> None:
+    with bus.blocking as b:
+        assert_type(b.publish("x", 1), Receipt)
+        for event in b.events("x"):
+            assert_type(event, Event[Any])
+        assert_type(b.dead_letters.count(), int)
+
+
+async def testing() -> None:
+    async with TestBus() as test:
+        assert_type(test, TestBus)
+        assert_type(test.mock_handler("x"), MockHandler)
+        assert_type(await test.publish("x"), Receipt)
+        assert_type(await test.wait_for("x", timeout=1.0), Event[Any])
+        assert_type(test.published("x"), list[Event[Any]])
+        await test.advance(1.0)
+
+
+def errors(error: PolybusError) -> None:
+    assert_type(error.code, str)
+    assert_type(error.retryable, bool)
+    assert_type(list(error.failures), list[tuple[int, PolybusError]])
