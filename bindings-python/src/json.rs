@@ -45,7 +45,7 @@ impl Fault {
         self
     }
 
-    fn raise(self: Box<Self>, py: Python<'_>, root: &str) -> PyErr {
+    fn raise(&self, py: Python<'_>, root: &str) -> PyErr {
         let mut path = root.to_owned();
         // A cycle would repeat its path up to the depth limit: the beginning says enough.
         for step in self.path.iter().rev().take(12) {
