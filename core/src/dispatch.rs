@@ -97,8 +97,10 @@ impl Dispatcher {
 
         loop {
             let wish = *self.wish.borrow_and_update();
+            if wish != Wish::Run {
+                self.hand_back(&mut held); // also what a take that was under way has brought
+            }
             if let Wish::Drain(deadline) = wish {
-                self.hand_back(&mut held);
                 if tokio::time::Instant::now() >= deadline {
                     self.abandon(&mut held, CancelReason::Closing);
                 }

@@ -14,7 +14,7 @@ use crate::pattern::Pattern;
 pub(crate) enum Wish {
     /// Take and handle.
     Run,
-    /// Handle what runs, take nothing.
+    /// Handle what runs, take nothing, hand back what is buffered.
     Pause,
     /// Take nothing, hand back what is buffered, let running handlers end until the deadline, then cancel them and
     /// hand their leases back.
@@ -84,7 +84,7 @@ impl Subscription {
         &self.facts.counters
     }
 
-    /// Takes nothing more until [`Subscription::resume`]; running handlers go on, leases are kept.
+    /// Starts nothing more until [`Subscription::resume`]; running handlers go on, what waits here is handed back.
     pub fn pause(&self) {
         self.change(|wish| matches!(wish, Wish::Run), Wish::Pause);
     }

@@ -117,3 +117,28 @@ async fn a_second_subscription_of_one_name_is_refused() {
     first.drain(Duration::from_secs(1)).await;
     bus.subscribe("b", noop(), SubscribeOptions::new("s")).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_paused_subscription_starts_nothing_and_goes_on_when_resumed() {
+    let bus = test_bus();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async { Outcome::Done }
+    });
+    let subscription = bus.subscribe("**", handler, SubscribeOptions::new("s")).await.unwrap();
+    bus.publish(now(event("a"))).await.unwrap();
+    bus.idle().await.unwrap();
+    subscription.pause();
+    bus.publish(now(event("a"))).await.unwrap();
+    // The take that was under way may bring it; it is handed back.
+    while bus.group_stats("test/s").await.unwrap().lag == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+    subscription.resume();
+    bus.idle().await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 2);
+    assert_eq!(subscription.counters().completed.load(Ordering::SeqCst), 2);
+}
