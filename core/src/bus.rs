@@ -188,10 +188,9 @@ impl Bus {
         }
         let meta = &outgoing.event.meta;
         if meta.source.is_none() || meta.instance_id.is_none() {
-            outgoing.event = outgoing.event.with_meta(|meta| {
-                meta.source.get_or_insert_with(|| self.0.service.clone());
-                meta.instance_id.get_or_insert_with(|| instance.clone());
-            });
+            let meta = outgoing.event.meta_mut();
+            meta.source.get_or_insert_with(|| self.0.service.clone());
+            meta.instance_id.get_or_insert_with(|| instance.clone());
         }
         Ok(())
     }

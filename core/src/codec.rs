@@ -48,6 +48,10 @@ fn too_large(what: &str, size: usize, limit: usize) -> Error {
 
 /// One pass over the bytes: parsers, and destructors of what they build, recurse; this does not.
 fn check_depth(json: &[u8], limit: usize) -> Result<()> {
+    // Too few brackets to nest that deep, as in nearly every payload: counting them is several times faster.
+    if json.iter().filter(|byte| matches!(byte, b'[' | b'{')).count() <= limit {
+        return Ok(());
+    }
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for byte in json {
         if in_string {

@@ -178,6 +178,11 @@ impl Event {
         data.into()
     }
 
+    /// The meta, to be changed here and in no other clone of the event: copied only if there are any.
+    pub(crate) fn meta_mut(&mut self) -> &mut Meta {
+        &mut Arc::make_mut(&mut self.0).meta
+    }
+
     /// Meta for a child event: it joins the chain and keeps user, organisation, session and trace. It does not take
     /// aggregate, resource, idempotency key or partition key, which belong to this event alone.
     pub fn child_meta(&self, now: SystemTime) -> Meta {
