@@ -139,6 +139,11 @@ impl<T: Send + 'static> Host<T> {
         output
     }
 
+    /// Wakes the loop, for something that the caller keeps for it.
+    pub fn ring(&self) {
+        self.0.ready.ring();
+    }
+
     /// A handler whose jobs this host hands out, marked with `subscription`.
     pub fn handler(&self, subscription: u32) -> Arc<HostHandler> {
         Arc::new(HostHandler { subscription, ready: self.0.ready.clone(), reporter: OnceLock::new() })

@@ -4,7 +4,7 @@
 //!
 //! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → bus → host`
 //!
-//! `clock`, `config`, `lease`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
+//! `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
 pub mod bus;
 pub mod clock;
@@ -18,6 +18,7 @@ pub mod event;
 pub mod handler;
 pub mod host;
 mod lease;
+pub mod logs;
 pub mod metrics;
 pub mod options;
 pub mod pattern;
