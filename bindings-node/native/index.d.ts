@@ -22,6 +22,10 @@ export declare class Bridge {
   complete(pairs: Float64Array, count: number): void
   /** Reports a job that failed. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned. */
   fail(subscription: number, job: number, kind: number, afterMs: number, name: string, message: string, stack: string): void
+  /** The log records that wait, oldest first: pairs of level and message. */
+  takeLogs(): Array<string>
+  /** Logs `level` (`debug`, `info` or `warn`) and above. */
+  setLogLevel(level: string): void
   /** Checks pattern and options of a subscription that is made later. */
   checkSubscription(pattern: string, options: string): void
   /** Drops an operation whose outcome is not wanted any more. */
@@ -38,8 +42,11 @@ export declare class Bridge {
 
 /** A bus of the core. */
 export declare class NativeBus {
-  /** `options` is a JSON object. Opens nothing. */
-  constructor(bridge: Bridge, url: string, options: string)
+  /**
+   * `options` is a JSON object, with the names of TypeScript, or from `configOf…` with those of the core. Opens
+   * nothing.
+   */
+  constructor(bridge: Bridge, url: string, options: string, fromConfig: boolean)
   /** The URL without its password. */
   get url(): string
   /** Name of the service. */
@@ -57,12 +64,14 @@ export declare class NativeBus {
   publish(key: number, texts: string, lengths: Float64Array, count: number): string | null
   /** For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`. */
   matching(texts: string, lengths: Float64Array): string
-  /** `id` marks the jobs. The output is `{name, group, pattern}`. */
+  /** `id` marks the jobs. The output is `{name, group, pattern, timeoutMs}`. */
   subscribe(key: number, id: number, pattern: string, options: string): string | null
   guarantees(key: number): string | null
   stats(key: number): string | null
   /** One subscription's numbers. */
   subscriptionStats(key: number, id: number): string | null
+  /** Counts of this process as Prometheus text. */
+  metrics(): string
   deleteGroup(key: number, group: string): string | null
   deadList(key: number, query: string): string | null
   deadCount(key: number, query: string): string | null
@@ -87,6 +96,15 @@ export declare function checkPublishOptions(json: string): boolean | null
 
 /** Checks a retry policy; throws `InvalidConfig`. */
 export declare function checkRetryPolicy(policy: string): void
+
+/** URL and options, as JSON, from the environment, given as a JSON object of its variables. */
+export declare function configFromEnv(variables: string): string
+
+/** The same from a JSON or YAML file, in which `${VAR}` stands for a variable. */
+export declare function configFromFile(path: string, variables: string): string
+
+/** The same from a JSON object. */
+export declare function configFromObject(object: string, variables: string): string
 
 /** The wire form of a child of the event with the wire form `parent`. */
 export declare function createChild(parent: string, eventType: string, payload: string, meta: string): string

@@ -773,11 +773,14 @@ if (
   }
 }
 
-const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, createChild, createEvent, decodeEvent, errorKinds, matches, retryDelay, version } = nativeBinding
+const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, retryDelay, version } = nativeBinding
 export { Bridge }
 export { NativeBus }
 export { checkPublishOptions }
 export { checkRetryPolicy }
+export { configFromEnv }
+export { configFromFile }
+export { configFromObject }
 export { createChild }
 export { createEvent }
 export { decodeEvent }

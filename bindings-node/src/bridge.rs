@@ -6,9 +6,11 @@
 //! that JavaScript owns, and texts in one string, because each value that crosses alone costs a microsecond.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
+use log::LevelFilter;
 use napi::bindgen_prelude::{Float64ArraySlice, Function};
 use napi::threadsafe_function::ThreadsafeFunctionCallMode;
 use napi::{Env, JsString};
@@ -17,7 +19,7 @@ use polybus_core::codec;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{CancelReason, Outcome};
 use polybus_core::host::{Cancelled, Host, HostHandler, HostJob};
-use polybus_core::{Bus, Error, Pattern, Subscription, process};
+use polybus_core::{Bus, Error, Pattern, Subscription, logs, process};
 
 use crate::error::{text, throw};
 use crate::event::{lengths, units};
@@ -28,8 +30,8 @@ pub type Output = Result<String, Error>;
 /// How long the end of an environment waits to hand back what its handlers hold.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
-/// Numbers before the entries: how many finished, cancelled and new, and whether more is waiting.
-const HEAD: usize = 4;
+/// Numbers before the entries: how many finished, cancelled and new, whether more is waiting, whether the log is.
+const HEAD: usize = 5;
 /// Numbers for one job: subscription, job, attempt, redelivered, received at, and the lengths of type, payload, meta, all.
 const JOB: usize = 9;
 /// Numbers for one cancelled job: subscription, job, reason.
@@ -43,6 +45,10 @@ pub struct Shared {
     subscriptions: Mutex<HashMap<u32, Held>>,
     buses: Mutex<HashMap<u32, Bus>>,
     leftover: Mutex<Leftover>,
+    /// The core has log records for us.
+    logs: AtomicBool,
+    /// The environment is going away.
+    ended: AtomicBool,
 }
 
 struct Held {
@@ -95,8 +101,20 @@ impl Shared {
         drop(bus); // outside the lock
     }
 
+    /// Whether this environment will fetch the log.
+    fn fetch_logs(&self) -> bool {
+        if self.ended.load(Ordering::Relaxed) {
+            return false;
+        }
+        if !self.logs.swap(true, Ordering::AcqRel) {
+            self.host.ring();
+        }
+        true
+    }
+
     /// The environment is going away: nobody will run what it was handed.
     fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
         let buses: Vec<_> = lock(&self.buses).drain().map(|(_, bus)| bus).collect();
         if buses.is_empty() {
             return;
@@ -137,7 +155,11 @@ impl Bridge {
             subscriptions: Mutex::default(),
             buses: Mutex::default(),
             leftover: Mutex::default(),
+            logs: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         });
+        let watching = Arc::downgrade(&shared);
+        logs::watch(LevelFilter::Warn, move || watching.upgrade().is_some_and(|shared| shared.fetch_logs()));
         env.add_env_cleanup_hook(shared.clone(), |shared| shared.end())?;
         Ok(Self(shared))
     }
@@ -182,6 +204,7 @@ impl Bridge {
             numbers[5..9].copy_from_slice(&lengths(&texts, &layout));
         });
         head[3] = f64::from(u8::from(!left.is_empty()));
+        head[4] = f64::from(u8::from(self.0.logs.swap(false, Ordering::AcqRel)));
         if texts.is_ascii() {
             return env.create_string_latin1(texts);
         }
@@ -227,6 +250,18 @@ impl Bridge {
         if let Some(handler) = handler {
             handler.report(outcomes);
         }
+    }
+
+    /// The log records that wait, oldest first: pairs of level and message.
+    #[napi]
+    pub fn take_logs(&self) -> Vec<String> {
+        logs::take().into_iter().flat_map(|(level, message)| [level.as_str().to_ascii_lowercase(), message]).collect()
+    }
+
+    /// Logs `level` (`debug`, `info` or `warn`) and above.
+    #[napi]
+    pub fn set_log_level(&self, level: String) {
+        logs::set_level(level.parse().unwrap_or(LevelFilter::Warn));
     }
 
     /// Checks pattern and options of a subscription that is made later.

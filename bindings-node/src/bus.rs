@@ -14,7 +14,7 @@ use polybus_core::error::{Error, Result};
 use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming};
 use polybus_core::subscription::Counters;
 use polybus_core::transport::{GroupStats, Receipt};
-use polybus_core::{Bus, Subscription};
+use polybus_core::{Bus, Subscription, metrics};
 use serde_json::{Value, json};
 
 use crate::bridge::{Bridge, Output, Shared};
@@ -42,11 +42,13 @@ impl NativeBus {
 
 #[napi]
 impl NativeBus {
-    /// `options` is a JSON object. Opens nothing.
+    /// `options` is a JSON object, with the names of TypeScript, or from `configOf…` with those of the core. Opens
+    /// nothing.
     #[napi(constructor)]
-    pub fn new(bridge: &Bridge, url: String, options: String) -> napi::Result<Self> {
+    pub fn new(bridge: &Bridge, url: String, options: String, from_config: bool) -> napi::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let options = options::snake(&options).and_then(|json| BusOptions::from_json(&json, Naming::TypeScript));
+        let options = if from_config { Ok(options) } else { options::snake(&options) };
+        let options = options.and_then(|json| BusOptions::from_json(&json, Naming::TypeScript));
         let bus = options.and_then(|options| Bus::new(&url, options)).map_err(throw)?;
         Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), bus, bridge: bridge.shared() })
     }
@@ -120,10 +122,11 @@ impl NativeBus {
         matching.map_err(throw)
     }
 
-    /// `id` marks the jobs. The output is `{name, group, pattern}`.
+    /// `id` marks the jobs. The output is `{name, group, pattern, timeoutMs}`.
     #[napi]
     pub fn subscribe(&self, key: u32, id: u32, pattern: String, options: String) -> napi::Result<Option<String>> {
         let options = options::subscribe(&options).map_err(throw)?;
+        let timeout = options.timeout;
         let handler = self.bridge.handler(id);
         let bridge = self.bridge.clone();
         self.start_with(key, |bus| async move {
@@ -132,6 +135,7 @@ impl NativeBus {
                 "name": &**subscription.name(),
                 "group": &**subscription.group(),
                 "pattern": subscription.pattern(),
+                "timeoutMs": timeout.map(|timeout| timeout.as_secs_f64() * 1000.0),
             });
             bridge.subscribed(id, subscription);
             Ok(facts.to_string())
@@ -189,6 +193,12 @@ impl NativeBus {
             let group = stats.and_then(|stats| stats.group);
             Ok(stats_value(&subscription, group).to_string())
         })
+    }
+
+    /// Counts of this process as Prometheus text.
+    #[napi]
+    pub fn metrics(&self) -> String {
+        metrics::render(&self.bus)
     }
 
     #[napi]

@@ -68,7 +68,8 @@ pub fn units(text: &[u8]) -> usize {
 
 /// `[type, payload, meta, whole]`: lengths in UTF-16 units of what [`codec::write`] wrote.
 pub fn lengths(out: &[u8], layout: &Layout) -> [f64; 4] {
-    let length = |range: &Range<usize>| units(&out[range.clone()]) as f64;
+    let ascii = out[layout.event.clone()].is_ascii();
+    let length = |range: &Range<usize>| if ascii { range.len() } else { units(&out[range.clone()]) } as f64;
     [length(&layout.event_type), length(&layout.payload), length(&layout.meta), length(&layout.event)]
 }
 

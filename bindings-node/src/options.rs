@@ -1,5 +1,8 @@
 //! Options cross as one JSON object. TypeScript says `leaseMs`, the core reads `lease_ms`: translated here, once.
 
+use std::collections::HashMap;
+
+use polybus_core::config::{self, Config};
 use polybus_core::error::{Error, Result};
 use polybus_core::options::{Naming, PublishOptions};
 use polybus_core::retry::RetryPolicy;
@@ -61,6 +64,35 @@ pub fn publish(json: &str) -> Result<PublishOptions> {
 /// `event` with the schedule that `options` gives.
 pub fn outgoing(event: Event, options: PublishOptions) -> Outgoing {
     Outgoing { event, delay: options.delay, expires_in: options.expires_in }
+}
+
+/// URL and options, as JSON, from the environment, given as a JSON object of its variables.
+#[napi_derive::napi]
+pub fn config_from_env(variables: String) -> napi::Result<String> {
+    config_text(config::from_env(environment(&variables)))
+}
+
+/// The same from a JSON or YAML file, in which `${VAR}` stands for a variable.
+#[napi_derive::napi]
+pub fn config_from_file(path: String, variables: String) -> napi::Result<String> {
+    let variables = environment(&variables);
+    config_text(config::from_file(&path, &|name| variables.get(name).cloned()))
+}
+
+/// The same from a JSON object.
+#[napi_derive::napi]
+pub fn config_from_object(object: String, variables: String) -> napi::Result<String> {
+    let variables = environment(&variables);
+    config_text(config::from_json(&object, &|name| variables.get(name).cloned()))
+}
+
+fn environment(variables: &str) -> HashMap<String, String> {
+    serde_json::from_str(variables).unwrap_or_default()
+}
+
+fn config_text(config: Result<Config>) -> napi::Result<String> {
+    let Config { url, options } = config.map_err(throw)?;
+    Ok(serde_json::json!({"url": url, "options": options}).to_string())
 }
 
 /// Checks a retry policy; throws `InvalidConfig`.

@@ -6,7 +6,7 @@
  *
  * @module
  */
-import { AsyncLocalStorage } from 'node:async_hooks'
+import { AsyncLocalStorage, AsyncResource } from 'node:async_hooks'
 import { setInterval } from 'node:timers'
 import { BusClosed, Failed, fromNative, HandlerTimeout, LeaseLost } from './errors.js'
 import { deliver, type Received } from './event.js'
@@ -24,12 +24,14 @@ export interface HandlerContext {
 export type Handler<T = any> = (event: Received<T>, context: HandlerContext) => unknown
 
 // As in bindings-node/src/bridge.rs.
-const HEAD = 4
+const HEAD = 5
 const JOB = 9
 const CANCELLED = 3
 const FINISHED = 3
 /** Numbers for one event to publish: kind, and the lengths of type, payload, meta, options. */
 export const DRAFT = 5
+/** Nobody destroys it: spares the garbage collector a hook. */
+const MANUAL = { requireManualDestroy: true }
 const MOST_JOBS = 256
 const MOST_DONE = 1024
 /** How an outcome is reported. */
@@ -38,14 +40,22 @@ const RETRY = 1
 const REJECTED = 2
 const ABANDONED = 3
 
+/** Where log records go: `console`, pino, winston and others fit. */
+export interface Logger {
+  debug?(message: string): void
+  info?(message: string): void
+  warn(message: string): void
+  error(message: string): void
+}
+
 /** Thrown by our own handlers to hand a delivery back. */
 export const HAND_BACK = Symbol('hand back')
 
 /** Aborts a context's signal. */
-let abort: (context: Context, reason: number) => void
+export let abort: (context: Context, reason: number) => void
 
 /** One running job. The controller is made on first touch: it costs more than the rest of the job. */
-class Context implements HandlerContext {
+export class Context implements HandlerContext {
   #controller: AbortController | undefined
   #reason: Error | undefined
 
@@ -61,6 +71,7 @@ class Context implements HandlerContext {
     /** @internal */ readonly job: number,
   ) {}
 
+  /** Aborted when the handler's outcome no longer counts. */
   get signal(): AbortSignal {
     if (this.#controller === undefined) {
       this.#controller = new AbortController()
@@ -78,8 +89,9 @@ function reasonOf(reason: number): Error {
 
 /** A subscription, as the bridge sees it. */
 export class Runner {
-  /** Set when the subscription is made. */
+  /** Set when the subscription is made, like the next. */
   group = ''
+  timeoutMs: number | null = null
   readonly jobs = new Map<number, Context>()
 
   constructor(
@@ -105,6 +117,8 @@ export class Bridge {
   #lastKey = 0
   readonly #runners = new Map<number, Runner>()
   #lastRunner = 0
+  readonly #loggers = new Map<object, Logger>()
+  #level = 'warn'
   #holds = 0
   #holder: NodeJS.Timeout | undefined
 
@@ -177,6 +191,7 @@ export class Bridge {
       const cancelled = numbers[1] as number
       const jobs = numbers[2] as number
       more = numbers[3] === 1
+      if (numbers[4] === 1) this.#log()
       let at = HEAD
       let start = 0
       for (let n = 0; n < finished; n++, at += FINISHED) {
@@ -214,6 +229,32 @@ export class Bridge {
     }
   }
 
+  /** Hands records to the loggers of the buses of this environment; they do not say which bus they are about. */
+  #log(): void {
+    const records = this.#native.takeLogs()
+    const loggers = this.#loggers.size > 0 ? [...new Set(this.#loggers.values())] : [console]
+    for (let at = 0; at < records.length; at += 2) {
+      const level = records[at] as keyof Logger
+      for (const logger of loggers) {
+        try {
+          logger[level]?.(records[at + 1] as string)
+        } catch {
+          // A logger that fails must not stop deliveries.
+        }
+      }
+    }
+  }
+
+  /** `owner`'s records go to `logger`, or no longer. */
+  setLogger(owner: object, logger: Logger | undefined): void {
+    if (logger === undefined) this.#loggers.delete(owner)
+    else this.#loggers.set(owner, logger)
+    const levels = [...this.#loggers.values()].map(levelOf)
+    const level = (['debug', 'info'] as const).find((level) => levels.includes(level)) ?? 'warn'
+    if (level !== this.#level) this.#native.setLogLevel(level)
+    this.#level = level
+  }
+
   #finish(key: number, ok: boolean, text: string): void {
     const waiting = this.#waiting.get(key)
     if (waiting === undefined) return
@@ -227,7 +268,13 @@ export class Bridge {
     const context = new Context(runner, job)
     runner.jobs.set(job, context)
     try {
-      const result = runner.handler(event, context)
+      // A context of its own: what one handler enters must not leak into the next.
+      const result = new AsyncResource('PolybusHandler', MANUAL).runInAsyncScope(
+        runner.handler,
+        undefined,
+        event,
+        context,
+      )
       if (isThenable(result)) {
         Promise.resolve(result).then(
           () => this.#succeeded(context),
@@ -273,6 +320,13 @@ export class Bridge {
     if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack)
     else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack)
   }
+}
+
+/** The lowest level that `logger` wants; debug only if it says so, as pino does. */
+function levelOf(logger: Logger): 'debug' | 'info' | 'warn' {
+  const wants = (logger as { isLevelEnabled?: (level: string) => boolean }).isLevelEnabled?.bind(logger)
+  if (wants === undefined) return logger.info === undefined ? 'warn' : 'info'
+  return wants('debug') ? 'debug' : wants('info') ? 'info' : 'warn'
 }
 
 /** Whether `value` can be awaited. A getter of the user may throw. */

@@ -4,10 +4,19 @@
  * @module
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { bridge, type Handler, type HandlerContext, type Runner, run } from './bridge.js'
+import { clearTimeout, setTimeout } from 'node:timers'
+import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
-import { call, HandlerError, InvalidConfig, InvalidEvent } from './errors.js'
-import { type Cut, Event, type MetaInput, uncutDelivered, wireOf } from './event.js'
+import {
+  call,
+  DuplicateSubscription,
+  HandlerError,
+  HandlerTimeout,
+  InvalidConfig,
+  InvalidEvent,
+  Unsupported,
+} from './errors.js'
+import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered, wireOf } from './event.js'
 import { describe, metaText, optionsText, payloadText } from './json.js'
 import { native } from './native.js'
 import type { RetryPolicy } from './retry.js'
@@ -19,14 +28,6 @@ import {
   Subscription,
   type SubscriptionStats,
 } from './subscription.js'
-
-/** Where log records go: `console`, pino, winston and others fit. */
-export interface Logger {
-  debug?(message: string): void
-  info?(message: string): void
-  warn(message: string): void
-  error(message: string): void
-}
 
 /** Options of a bus. Durations are in milliseconds. */
 export interface BusOptions {
@@ -157,7 +158,10 @@ const inside = new AsyncLocalStorage<Bus<any>>()
 export class Bus<E extends object = AnyEvents> {
   readonly #native: InstanceType<typeof native.NativeBus>
   readonly #sync: boolean
+  readonly #logger: Logger | undefined
   readonly #registered: Registration[] = []
+  /** Subscriptions that {@link Bus.on} makes on a running bus; publish waits for them. */
+  readonly #late = new Set<Promise<unknown>>()
   readonly #live = new Set<Live>()
   #running = false
   #held = true
@@ -175,12 +179,37 @@ export class Bus<E extends object = AnyEvents> {
    */
   constructor(url?: string, options?: BusOptions) {
     const { logger, ...rest } = (options ?? {}) as BusOptions
-    if (logger !== undefined && typeof logger?.warn !== 'function')
+    if (logger !== undefined && (typeof logger?.warn !== 'function' || typeof logger.error !== 'function')) {
       throw new InvalidConfig('logger needs the methods warn and error')
-    const text = optionsText(rest, 'bus')
-    this.#native = call(() => new native.NativeBus(bridge().native, url ?? 'memory://', text))
+    }
+    if (url !== undefined && url !== null && typeof url !== 'string') {
+      throw new InvalidConfig(`the URL must be a string like sqlite:///events.db, not ${describeValue(url)}`)
+    }
+    const config = (options as { [CONFIG]?: string } | undefined)?.[CONFIG]
+    const text = config ?? optionsText(rest, 'bus')
+    this.#native = call(() => new native.NativeBus(bridge().native, url ?? 'memory://', text, config !== undefined))
+    this.#logger = logger
+    if (logger !== undefined) bridge().setLogger(this, logger)
     this.#sync = this.#native.isSync
     this.deadLetters = new DeadLetters((what, query) => run((key) => this.#native[what](key, query)))
+  }
+
+  /** A bus from `POLYBUS_URL`, `POLYBUS_SERVICE` and `POLYBUS_<OPTION>`, such as `POLYBUS_LEASE_MS`. */
+  static fromEnv(): Bus {
+    return fromConfig(call(() => native.configFromEnv(environment())))
+  }
+
+  /**
+   * A bus from a JSON or YAML file, or from an object of the same shape: `url` and the options. `${VAR}` and
+   * `${VAR:-default}` take environment variables. The same file serves Python: `lease: 30` is in seconds,
+   * `leaseMs: 30000` in milliseconds.
+   *
+   * @throws InvalidConfig for a missing or malformed file, an unset variable, an unknown name.
+   */
+  static fromConfig(pathOrObject: string | object): Bus {
+    if (typeof pathOrObject === 'string')
+      return fromConfig(call(() => native.configFromFile(pathOrObject, environment())))
+    return fromConfig(call(() => native.configFromObject(optionsText(pathOrObject, 'bus'), environment())))
   }
 
   /** The URL without its password. */
@@ -195,14 +224,21 @@ export class Bus<E extends object = AnyEvents> {
 
   /**
    * Opens the transport and starts the subscriptions made with {@link Bus.on}. Resolves to the bus, so that
-   * `await using bus = await new Bus(…).start()` closes it at the end of the block. May be called after `close`.
+   * `await using bus = await new Bus(…).start()` closes it at the end of the block. May be called again, also after
+   * `close`. When it fails, the bus is closed.
+   *
+   * @throws ConnectionFailed, InvalidConfig, and what {@link Bus.subscribe} throws.
    */
   async start(): Promise<this> {
     await run((key) => this.#native.start(key))
     this.#running = true
+    if (this.#logger !== undefined) bridge().setLogger(this, this.#logger)
     const started = this.#registered.map((registration) => this.#begin(registration))
     const failed = (await Promise.allSettled(started)).find((result) => result.status === 'rejected')
-    if (failed !== undefined) throw failed.reason
+    if (failed !== undefined) {
+      await this.close({ timeoutMs: 0 })
+      throw failed.reason
+    }
     return this
   }
 
@@ -217,6 +253,7 @@ export class Bus<E extends object = AnyEvents> {
     this.#running = false
     const closing = run((key) => this.#native.close(key, timeoutMs)).then(() => {
       for (const live of [...this.#live]) live.ended()
+      bridge().setLogger(this, undefined)
     })
     if (inside.getStore() === this) return
     await closing
@@ -226,8 +263,8 @@ export class Bus<E extends object = AnyEvents> {
   declare readonly [Symbol.asyncDispose]: () => Promise<void>
 
   /**
-   * Subscribes when the bus starts; at once if it runs already, and then {@link Bus.start} waits for it and throws its
-   * error.
+   * Subscribes when the bus starts. On a running bus it subscribes at once in the background; later publishes of this
+   * bus wait for that, {@link Bus.start} waits too and throws its error.
    *
    * @throws InvalidConfig, InvalidPattern, DuplicateSubscription at once.
    */
@@ -239,9 +276,19 @@ export class Bus<E extends object = AnyEvents> {
     const [options, handler] =
       typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
     const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
+    const { name } = registration
+    if (this.#registered.some((other) => other.name === name)) {
+      throw new DuplicateSubscription(`this bus has a handler named ${JSON.stringify(name)}; pass another name`)
+    }
     this.#registered.push(registration)
-    // `start` reports the failure.
-    if (this.#running) this.#begin(registration).catch(() => {})
+    if (this.#running) {
+      const late = this.#begin(registration)
+        .catch((error) =>
+          (this.#logger ?? console).error(`${name} is not subscribed to ${pattern}: ${describe(error)}`),
+        )
+        .finally(() => this.#late.delete(late))
+      this.#late.add(late)
+    }
     return this
   }
 
@@ -311,10 +358,12 @@ export class Bus<E extends object = AnyEvents> {
         await run((key) => this.#native.subscribe(key, runner.id, pattern, optionsText(options, 'subscription'))),
       )
       runner.group = facts.group
+      runner.timeoutMs = facts.timeoutMs
       return new Subscription(facts, {
         pause: () => home.native.pause(runner.id),
         resume: () => home.native.resume(runner.id),
-        drain: async (timeoutMs) => {
+        drain: async (given) => {
+          const timeoutMs = (typeof given === 'object' ? given.timeoutMs : given) ?? DRAIN_MS
           checkTimeout(timeoutMs)
           const drained = run((key) => home.native.drain(key, runner.id, timeoutMs)).then(live.ended)
           if (inside.getStore() === this) return
@@ -345,16 +394,16 @@ export class Bus<E extends object = AnyEvents> {
   ): Promise<Receipt>
   async publish(first: string | Event, second?: unknown, meta?: MetaInput, options?: PublishOptions): Promise<Receipt> {
     const batch = new Batch()
-    let sync = this.#sync
-    if (typeof first === 'string') {
-      const schedule = options === undefined ? '' : optionsText(options, 'publish')
-      if (schedule !== '') sync = modeOf(schedule) ?? sync
+    let schedule = ''
+    if (!Event.isEvent(first)) {
+      if (options !== undefined) schedule = optionsText(options, 'publish')
       batch.add(first, payloadText(second), metaText(meta), schedule)
     } else {
-      const schedule = second === undefined ? '' : optionsText(second as object, 'publish')
-      if (schedule !== '') sync = modeOf(schedule) ?? sync
+      if (second !== undefined) schedule = optionsText(second as object, 'publish')
       batch.addEvent(first, schedule)
     }
+    const sync = isSync(schedule, this.#sync)
+    if (this.#late.size > 0) await Promise.all(this.#late)
     if (sync) return await this.#handle(batch)
     const [receipt] = JSON.parse(await this.#send(batch))
     return receipt
@@ -365,6 +414,7 @@ export class Bus<E extends object = AnyEvents> {
    */
   async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {
     if (!Array.isArray(events)) throw new InvalidEvent('publishMany takes an array of events')
+    if (this.#late.size > 0) await Promise.all(this.#late)
     if (this.#sync) {
       const receipts = []
       for (const event of events) receipts.push(await this.#handle(Batch.of([event])))
@@ -379,34 +429,26 @@ export class Bus<E extends object = AnyEvents> {
 
   /** A synchronous publish: runs the matching handlers of this process, one after the other. */
   async #handle({ texts, lengths }: Batch): Promise<Receipt> {
-    const [cut, names]: [Cut, string[]] = JSON.parse(
-      call(() => this.#native.matching(texts, Float64Array.from(lengths))),
-    )
-    const runners = names.map(
-      (name) => [...this.#live].find(({ runner }) => runner.name === name && runner.group !== '')?.runner,
-    )
-    for (const runner of runners) {
-      if (runner === undefined) continue
-      const event = uncutDelivered(cut, runner.group)
-      try {
-        await runner.handler(event, new Standalone())
-      } catch (cause) {
-        throw new HandlerError(`handler ${runner.name} failed on ${event.type}: ${describe(cause)}`, { cause })
-      }
+    if (!this.#running && this.#registered.length > 0 && !this.#native.isClosed) await this.start()
+    const text = call(() => this.#native.matching(texts, Float64Array.from(lengths)))
+    const [cut, names]: [Cut, string[]] = JSON.parse(text)
+    for (const name of names) {
+      const found = [...this.#live].find(({ runner }) => runner.name === name && runner.group !== '')
+      if (found !== undefined) await handleNow(found.runner, uncutDelivered(cut, found.runner.group))
     }
-    return { id: uncutDelivered(cut, '').meta.id }
+    return { id: uncut(cut).meta.id }
   }
 
   /**
    * A subscription to read with `for await`. An event is acknowledged when the next one is asked for; `break` hands
    * the current one back and ends the subscription. It begins with the first step of the loop.
    *
-   * The name, and so the durable group, is `events(<pattern>)` unless given.
+   * The name, and so the durable group, is `events:<pattern>` unless given.
    */
   events<K extends TypeOf<E>>(pattern: K, options?: EventsOptions): Events<E[K]>
   events<T = any>(pattern: string, options?: EventsOptions): Events<T>
   events(pattern: string, given: EventsOptions = {}): Events {
-    const checked = this.#check(pattern, () => {}, { name: `events(${pattern})`, concurrency: 1, ...given })
+    const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
       this.#subscribe(pattern, handler, checked.options, () => events.end()),
     )
@@ -421,6 +463,11 @@ export class Bus<E extends object = AnyEvents> {
   /** The numbers of this bus. */
   async stats(): Promise<BusStats> {
     return JSON.parse(await run((key) => this.#native.stats(key)))
+  }
+
+  /** The numbers of this process as Prometheus text, for a metrics endpoint. */
+  metrics(): string {
+    return this.#native.metrics()
   }
 
   /** Forgets a durable group, what it had not finished and its dead letters. Resolves to whether there was one. */
@@ -492,15 +539,14 @@ class Batch {
   }
 
   add(type: unknown, payload: string, meta: string, schedule: string): void {
-    if (typeof type !== 'string') throw new InvalidEvent(`the event type must be a string, not ${describeValue(type)}`)
+    if (typeof type !== 'string')
+      throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(type)}`)
     this.texts += type + payload + meta + schedule
     this.lengths.push(0, type.length, payload.length, meta.length, schedule.length)
     this.count++
   }
 
-  addEvent(event: unknown, schedule: string): void {
-    if (!Event.isEvent(event))
-      throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(event)}`)
+  addEvent(event: Event, schedule: string): void {
     const wire = wireOf(event)
     this.texts += wire + schedule
     this.lengths.push(1, 0, wire.length, 0, schedule.length)
@@ -508,15 +554,52 @@ class Batch {
   }
 }
 
-/** The context of a synchronous publish: nothing aborts it. */
-class Standalone implements HandlerContext {
-  get signal(): AbortSignal {
-    return new AbortController().signal
+/** Runs one handler of a synchronous publish, for as long as its timeout allows. */
+async function handleNow(runner: Runner, event: Received): Promise<void> {
+  const context = new Context(runner, 0)
+  const { timeoutMs, name } = runner
+  let timer: NodeJS.Timeout | undefined
+  const late = new Promise<never>((_, reject) => {
+    if (timeoutMs === null) return
+    timer = setTimeout(() => {
+      abort(context, 0)
+      reject(new HandlerTimeout(`handler ${name} ran longer than ${timeoutMs} ms; later handlers were not run`))
+    }, timeoutMs)
+  })
+  const handled = (async () => {
+    try {
+      await runner.handler(event, context)
+    } catch (cause) {
+      throw new HandlerError(`handler ${name} failed on ${event.type}: ${describe(cause)}`, { cause })
+    }
+  })()
+  try {
+    await (timeoutMs === null ? handled : Promise.race([handled, late]))
+  } finally {
+    clearTimeout(timer)
   }
 }
 
-function modeOf(schedule: string): boolean | null {
-  return call(() => native.checkPublishOptions(schedule))
+const CONFIG = Symbol('config')
+
+/** A bus of what the core read. */
+function fromConfig(text: string): Bus {
+  const { url, options } = JSON.parse(text)
+  return new Bus(url ?? undefined, { [CONFIG]: options } as unknown as BusOptions)
+}
+
+function environment(): string {
+  return JSON.stringify(process.env)
+}
+
+/** What the options of a publish say about its mode. */
+function isSync(schedule: string, otherwise: boolean): boolean {
+  if (schedule === '') return otherwise
+  const sync = call(() => native.checkPublishOptions(schedule)) ?? otherwise
+  if (sync && /"(delay|expiresIn)Ms":/.test(schedule)) {
+    throw new Unsupported('a synchronous publish runs the handlers now: leave out delayMs and expiresInMs')
+  }
+  return sync
 }
 
 function checkTimeout(timeoutMs: unknown): void {

@@ -5,7 +5,7 @@
  */
 import { native } from './native.js'
 
-export type { Handler, HandlerContext } from './bridge.js'
+export type { Handler, HandlerContext, Logger } from './bridge.js'
 export {
   type AnyEvents,
   Bus,
@@ -13,7 +13,6 @@ export {
   type BusStats,
   type Draft,
   type Guarantees,
-  type Logger,
   type PublishOptions,
   type Receipt,
 } from './bus.js'
@@ -44,7 +43,14 @@ export {
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
-export type { Events, EventsOptions, SubscribeOptions, Subscription, SubscriptionStats } from './subscription.js'
+export type {
+  DrainTimeout,
+  Events,
+  EventsOptions,
+  SubscribeOptions,
+  Subscription,
+  SubscriptionStats,
+} from './subscription.js'
 
 /** The version of the Rust core under this package. */
 export function version(): string {

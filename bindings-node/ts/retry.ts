@@ -57,12 +57,21 @@ export class Reject extends Error {
 
 /** Whether `error` is a {@link Retry}, of this copy of the package or another. */
 export function isRetry(error: unknown): error is Retry {
-  return typeof error === 'object' && error !== null && RETRY in error
+  return has(error, RETRY) && typeof (error as Retry).afterMs === 'number'
 }
 
 /** Whether `error` is a {@link Reject}, of this copy of the package or another. */
 export function isReject(error: unknown): error is Reject {
-  return typeof error === 'object' && error !== null && REJECT in error
+  return has(error, REJECT)
+}
+
+/** Never throws: what was thrown may be a proxy. */
+function has(error: unknown, mark: symbol): boolean {
+  try {
+    return typeof error === 'object' && error !== null && mark in error
+  } catch {
+    return false
+  }
 }
 
 /** Options of {@link withRetry}. */

@@ -61,11 +61,14 @@ export interface SubscriptionStats {
   readonly busyMs: number
 }
 
+/** How long to wait for running handlers: milliseconds, also as `{ timeoutMs }`. */
+export type DrainTimeout = number | { timeoutMs?: number }
+
 /** What a subscription asks of its bus. */
 export interface SubscriptionControl {
   pause(): void
   resume(): void
-  drain(timeoutMs: number): Promise<void>
+  drain(timeout: DrainTimeout | undefined): Promise<void>
   stats(): Promise<SubscriptionStats>
 }
 
@@ -100,16 +103,18 @@ export class Subscription {
   }
 
   /**
-   * Stops taking and waits up to `timeoutMs` for running handlers, then hands the rest back without counting the
-   * attempt. The subscription has ended then; its durable group stays and keeps collecting events.
+   * Stops taking, waits for running handlers (10 seconds unless told otherwise), then hands the rest back without
+   * counting the attempt. The subscription has ended then; its durable group stays and keeps collecting events.
+   *
+   * From inside a handler of its bus it begins and returns at once: a handler cannot wait for itself.
    */
-  drain(timeoutMs: number): Promise<void> {
-    return this.#control.drain(timeoutMs)
+  drain(timeout?: DrainTimeout): Promise<void> {
+    return this.#control.drain(timeout)
   }
 
-  /** As {@link Subscription.drain}, with 10 seconds. From inside its own handler it returns at once. */
-  unsubscribe(): Promise<void> {
-    return this.#control.drain(DRAIN_MS)
+  /** The same. */
+  unsubscribe(timeout?: DrainTimeout): Promise<void> {
+    return this.#control.drain(timeout)
   }
 
   /** Its numbers. */

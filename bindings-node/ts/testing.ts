@@ -7,15 +7,26 @@ import { AssertionError } from 'node:assert'
 import { clearTimeout, setTimeout } from 'node:timers'
 import { inspect, isDeepStrictEqual } from 'node:util'
 import { bridge, type Handler, run } from './bridge.js'
-import { type AnyEvents, Bus, type BusOptions, type Draft, nativeOf, type Receipt } from './bus.js'
+import {
+  type AnyEvents,
+  Bus,
+  type BusOptions,
+  type Draft,
+  nativeOf,
+  type PublishOptions,
+  type Receipt,
+  type TypeOf,
+} from './bus.js'
 import { call, InvalidConfig, RequestTimeout } from './errors.js'
-import { type Cut, type Event, type Received, uncut } from './event.js'
-import type { SubscribeOptions } from './subscription.js'
+import { type Cut, type Event, type MetaInput, type Received, uncut } from './event.js'
+import type { Events, EventsOptions, SubscribeOptions } from './subscription.js'
 
 /** A handler that remembers. */
 export interface MockHandler<T = any> {
-  /** How often it was called, retries included. */
-  readonly called: number
+  /** Whether it was called. */
+  readonly called: boolean
+  /** How often, retries included. */
+  readonly callCount: number
   /** The events that it got, in order. */
   readonly events: readonly Received<T>[]
 }
@@ -23,16 +34,22 @@ export interface MockHandler<T = any> {
 class Mock implements MockHandler {
   readonly events: Received[] = []
 
-  get called(): number {
+  get called(): boolean {
+    return this.events.length > 0
+  }
+
+  get callCount(): number {
     return this.events.length
   }
 }
 
 /**
  * A bus in memory, with the same semantics as the others, and a clock that stands still until {@link TestBus.advance}.
+ * It starts itself when it is used.
  */
 export class TestBus<E extends object = AnyEvents> extends Bus<E> {
   #mocks = 0
+  #keeping = false
   /** Mock handlers that are being subscribed. */
   #pending: Promise<unknown>[] = []
 
@@ -55,27 +72,15 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
    *
    * @throws RequestTimeout when there is none within `timeoutMs`.
    */
-  async waitFor<T = any>(pattern: string, timeoutMs = 1000): Promise<Event<T>> {
-    let key = 0
-    const found = run((given) => {
-      key = given
-      return nativeOf(this).waitFor(given, pattern)
-    })
-    let timer: NodeJS.Timeout | undefined
-    const late = new Promise<never>((_, reject) => {
-      timer = setTimeout(() => {
-        bridge().forget(key)
-        const seen = [...new Set(this.published().map((event) => event.type))].join(', ') || 'nothing'
-        reject(
-          new RequestTimeout(`no event matched ${JSON.stringify(pattern)} within ${timeoutMs} ms; published: ${seen}`),
-        )
-      }, timeoutMs)
-    })
-    try {
-      return uncut(JSON.parse(await Promise.race([found, late])))
-    } finally {
-      clearTimeout(timer)
-    }
+  async waitFor<T = any>(pattern: string, timeoutMs = 5000): Promise<Event<T>> {
+    const found = await within(timeoutMs, (key) => nativeOf(this).waitFor(key, pattern))
+    if (found !== undefined) return uncut(JSON.parse(found))
+    throw new RequestTimeout(`no event matched ${JSON.stringify(pattern)} within ${timeoutMs} ms; ${this.#seen()}`)
+  }
+
+  #seen(): string {
+    const types = new Set(this.published().map((event) => event.type))
+    return `published: ${[...types].join(', ') || 'nothing'}`
   }
 
   /** Subscribes a handler that remembers what it got. What is published from now on reaches it. */
@@ -91,17 +96,17 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
   }
 
   /**
-   * The first event of that type that was published, with that payload if one is given.
+   * The first event of that type (a pattern works too) that was published, with that payload if one is given.
    *
    * @throws AssertionError, which shows what was published instead.
    */
   assertPublished<T = any>(type: string, expected: { payload?: T } = {}): Event<T> {
-    const events = this.published().filter((event) => event.type === type)
+    const events = this.published(type)
     const found = events.find((event) => !('payload' in expected) || isDeepStrictEqual(event.payload, expected.payload))
     if (found !== undefined) return found
     const message =
       events.length === 0
-        ? `no ${type} was published; published: ${[...new Set(this.published().map((event) => event.type))].join(', ') || 'nothing'}`
+        ? `no ${type} was published; ${this.#seen()}`
         : `no ${type} with payload ${inspect(expected.payload)} was published; payloads: ${inspect(events.map((event) => event.payload))}`
     throw new AssertionError({
       message,
@@ -112,19 +117,31 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
     })
   }
 
-  /** Moves time: retries, delays, expiries and timeouts that fall due happen, and this resolves when they have. */
+  /**
+   * Moves time: retries, delays, expiries and timeouts that fall due happen before this resolves.
+   *
+   * What was published before is handled first. A handler that does not end is waited for briefly: its timeout may be
+   * what the test is about.
+   */
   async advance(ms: number): Promise<void> {
-    await this.idle()
-    if (!(typeof ms === 'number' && ms >= 0 && Number.isFinite(ms)))
+    if (!(typeof ms === 'number' && ms >= 0 && Number.isFinite(ms))) {
       throw new InvalidConfig(`advance(${String(ms)}): give milliseconds, at least 0`)
+    }
+    await this.#settle(200)
     call(() => nativeOf(this).advance(ms))
-    await this.idle()
+    await this.#settle(1000)
   }
 
   /** Resolves when nothing is left to do at this moment of the bus's time. */
   async idle(): Promise<void> {
     await this.#ready()
     await run((key) => nativeOf(this).idle(key))
+  }
+
+  /** As {@link TestBus.idle}, for at most `ms` of real time. */
+  async #settle(ms: number): Promise<void> {
+    await this.#ready()
+    await within(ms, (key) => nativeOf(this).idle(key))
   }
 
   /** The next `times` attempts to handle a matching event fail before the handler sees it. */
@@ -137,18 +154,74 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
     call(() => nativeOf(this).duplicateNext(pattern, times))
   }
 
+  override events<K extends TypeOf<E>>(pattern: K, options?: EventsOptions): Events<E[K]>
+  override events<T = any>(pattern: string, options?: EventsOptions): Events<T>
+  override events(pattern: string, options?: EventsOptions): Events {
+    const events = super.events(pattern, options)
+    const next = events.next.bind(events)
+    events.next = async () => {
+      await this.#ready()
+      const result = next()
+      this.#keep()
+      return await result
+    }
+    return events
+  }
+
+  override publish(event: Event, options?: PublishOptions): Promise<Receipt>
+  override publish<K extends TypeOf<E>>(
+    type: K,
+    payload: E[K] | Uint8Array,
+    meta?: MetaInput,
+    options?: PublishOptions,
+  ): Promise<Receipt>
   override async publish(...args: any[]): Promise<Receipt> {
     await this.#ready()
-    return await (super.publish as (...args: any[]) => Promise<Receipt>)(...args)
+    const receipt = await (super.publish as (...args: any[]) => Promise<Receipt>)(...args)
+    this.#keep()
+    return receipt
   }
 
   override async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {
     await this.#ready()
-    return await super.publishMany(events)
+    const receipts = await super.publishMany(events)
+    this.#keep()
+    return receipts
+  }
+
+  /** Subscriptions of a test bus do not hold the process; what was published does, until it is handled, for a while. */
+  #keep(): void {
+    if (this.#keeping) return
+    this.#keeping = true
+    const done = () => {
+      this.#keeping = false
+    }
+    this.#settle(5000).then(done, done)
   }
 
   /** Mocks are subscribed in the background; whoever uses the bus next waits for them, and gets their errors. */
   async #ready(): Promise<void> {
+    if (!nativeOf(this).isClosed) await this.start()
     while (this.#pending.length > 0) await Promise.all(this.#pending.splice(0))
+  }
+}
+
+/** Awaits an operation, or forgets it after `ms` of real time. */
+async function within(ms: number, start: (key: number) => string | null): Promise<string | undefined> {
+  let key = 0
+  const operation = run((given) => {
+    key = given
+    return start(given)
+  })
+  let timer: NodeJS.Timeout | undefined
+  const late = new Promise<undefined>((resolve) => {
+    timer = setTimeout(resolve, ms, undefined)
+  })
+  try {
+    const text = await Promise.race([operation, late])
+    if (text === undefined) bridge().forget(key)
+    return text
+  } finally {
+    clearTimeout(timer)
   }
 }
