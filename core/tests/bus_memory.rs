@@ -1,4 +1,5 @@
 //! The bus over the memory transport: the life of a delivery, with time under the test's control.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
