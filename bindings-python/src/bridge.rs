@@ -19,6 +19,7 @@ use polybus_core::event::Text;
 use polybus_core::handler::Outcome;
 use polybus_core::host::{Host, HostHandler, HostJob};
 use polybus_core::{Result, process};
+use pyo3::PyClass;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -245,6 +246,11 @@ impl Bridge {
         self.take(py, 1).map(Some)
     }
 
+    /// A subscription has ended.
+    fn remove(&self, subscription: u32) {
+        lock(&self.groups).remove(&subscription);
+    }
+
     /// How many threads wait for a job.
     fn idle(&self) -> usize {
         match &*self.wake {
@@ -260,6 +266,18 @@ impl Bridge {
             changed.notify_all();
         }
     }
+}
+
+/// A Python object that the garbage collector does not visit. pyo3 makes every class a collected one; these hold nothing
+/// that refers back to them, and there may be many.
+pub fn untracked<T: PyClass<BaseType = PyAny> + Into<PyClassInitializer<T>>>(
+    py: Python<'_>,
+    value: T,
+) -> PyResult<Py<T>> {
+    let object = Py::new(py, value)?;
+    // SAFETY: a live object of a collected type, which has just been made and is ours alone.
+    unsafe { pyo3::ffi::PyObject_GC_UnTrack(object.as_ptr().cast()) };
+    Ok(object)
 }
 
 /// Jobs of one subscription, in order.
@@ -289,7 +307,7 @@ impl Bridge {
                 group: group.clone(),
                 received_at: job.received_at,
             };
-            let event = Py::new(py, PyEvent::delivered(job.event, delivery))?;
+            let event = untracked(py, PyEvent::delivered(job.event, delivery))?;
             if let Some((_, jobs)) = started.last_mut() {
                 jobs.push((job.id, event));
             }

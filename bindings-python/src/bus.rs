@@ -10,7 +10,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-use crate::bridge::{Bridge, Here, Operation, Reporter};
+use crate::bridge::{Bridge, Here, Operation, Reporter, untracked};
 use crate::dead_letter::PyDeadLetter;
 use crate::error::raise;
 use crate::event::{PyEvent, make};
@@ -103,6 +103,12 @@ impl PyBus {
         self.0.is_closed()
     }
 
+    /// Whether the transport is open in this process.
+    #[getter]
+    fn opened(&self) -> bool {
+        self.0.is_open()
+    }
+
     fn start(&self) -> Operation {
         let bus = self.0.clone();
         Operation::new(async move { bus.start().await }, none)
@@ -141,7 +147,7 @@ impl PyBus {
         }
         let bus = self.0.clone();
         Ok(Operation::new(async move { bus.publish(batch).await }, |py, receipts| {
-            let receipts = receipts.into_iter().map(|receipt| Py::new(py, PyReceipt(receipt)));
+            let receipts = receipts.into_iter().map(|receipt| untracked(py, PyReceipt(receipt)));
             Ok(PyList::new(py, receipts.collect::<PyResult<Vec<_>>>()?)?.into_any().unbind())
         }))
     }

@@ -117,7 +117,8 @@ impl Options {
             let Some((_, kind)) = self.known.iter().find(|(known, _)| *known == name) else {
                 return Err(self.unknown(name));
             };
-            if value.is_none() {
+            let off = matches!(kind, Later) && !value.is_truthy()?;
+            if value.is_none() || off {
                 continue;
             }
             if out.len() > 1 {

@@ -381,6 +381,15 @@ impl Bus {
         }
     }
 
+    /// Whether the transport is open in this process. Opens nothing, starts nothing.
+    pub fn is_open(&self) -> bool {
+        let state = self.0.state.get();
+        state.is_some_and(|state| {
+            let session = lock(&state.session);
+            session.transport.initialized() && !*session.closed.borrow()
+        })
+    }
+
     /// Whether [`Bus::close`] was called.
     pub fn is_closed(&self) -> bool {
         *self.session().closed.borrow()

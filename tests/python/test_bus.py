@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import threading
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -15,6 +16,7 @@ import pytest
 from polybus import (
     Bus,
     BusClosed,
+    ConnectionFailed,
     DuplicateSubscription,
     Event,
     HandlerError,
@@ -464,3 +466,159 @@ async def test_delay_and_expiry(bus: Bus) -> None:
     await bus.publish("x", "now")
     await seen.count(2)
     assert [event.payload for event in seen.events] == ["now", "later"]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+async def test_errors_that_resist(bus: Bus) -> None:
+    def handler(event: Event[Any]) -> None:
+        match event.payload:
+            case "unprintable":
+                raise Unprintable
+            case "surrogate":
+                raise ValueError("\ud800 in it")
+            case "long":
+                raise ValueError("x" * 100_000)
+            case "deep":
+                handler(event)
+            case "base":
+                raise asyncio.CancelledError
+
+    async def handler_async(event: Event[Any]) -> None:
+        handler(event)
+
+    await bus.subscribe("x", handler, name="sync", retry=RetryPolicy(max_retries=0))
+    await bus.subscribe("x", handler_async, name="async", retry=RetryPolicy(max_retries=0))
+    kinds = ["unprintable", "surrogate", "long", "deep", "base"]
+    await bus.publish_many([Event.create("x", kind) for kind in kinds])
+
+    async def all_dead() -> bool:
+        return await bus.dead_letters.count() == 2 * len(kinds)
+
+    await until(all_dead)
+    for group in ("shop/sync", "shop/async"):
+        letters = {letter.event.payload: letter.error for letter in await bus.dead_letters.list(group) if letter.event}
+        assert letters["unprintable"].type == "Unprintable"
+        assert "RuntimeError" in letters["unprintable"].message
+        assert letters["surrogate"].message == "? in it"
+        assert len(letters["long"].message.encode()) <= 4096
+        assert letters["deep"].type == "RecursionError"
+        assert letters["base"].type == "CancelledError"
+        assert all(len(error.stack.encode()) <= 4096 for error in letters.values())
+
+
+async def test_a_coroutine_function_that_returns_something_else(bus: Bus) -> None:
+    def handler(event: Event[Any]) -> int:
+        return 5
+
+    if not hasattr(inspect, "markcoroutinefunction"):
+        pytest.skip("Python 3.12 began to let plain functions be marked as coroutine functions")
+    inspect.markcoroutinefunction(handler)
+    await bus.subscribe("x", handler, name="x", retry=RetryPolicy(max_retries=0))
+    await bus.publish("x")
+
+    async def dead() -> bool:
+        return await bus.dead_letters.count() == 1
+
+    await until(dead)
+    (letter,) = await bus.dead_letters.list()
+    assert "coroutine function" in letter.error.message
+
+
+async def test_close_hands_a_handler_back_that_never_ends(tmp_path: Any) -> None:
+    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+    attempts: list[int] = []
+    begun = asyncio.Event()
+
+    async def handler(event: Event[Any]) -> None:
+        assert event.delivery is not None
+        attempts.append(event.delivery.attempt)
+        begun.set()
+        if len(attempts) == 1:
+            await asyncio.sleep(1000)
+
+    for _ in range(2):
+        await bus.start()
+        await bus.subscribe("x", handler, name="x")
+        if not attempts:
+            await bus.publish("x")
+        begun.clear()
+        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.wait_for(bus.close(0.05), 5)
+    assert attempts == [1, 1]
+
+
+async def test_options_that_come_later(bus: Bus) -> None:
+    async def handler(event: Event[Any]) -> None: ...
+
+    with pytest.raises(Unsupported, match="ordered"):
+        await bus.subscribe("x", handler, ordered=True)  # type: ignore[call-arg]
+
+
+async def test_groups_share_and_broadcasts_copy(tmp_path: Any) -> None:
+    url = f"sqlite:///{tmp_path}/bus.db"
+    seen = Seen()
+    copies = Seen()
+
+    async def handler(event: Event[Any]) -> None:
+        seen.add(event)
+
+    async def copied(event: Event[Any]) -> None:
+        copies.add(event)
+
+    async with Bus(url, service="shop") as one, Bus(url, service="shop") as two:
+        for bus in (one, two):
+            await bus.subscribe("x", handler, name="shared")
+            await bus.subscribe("x", copied, name="copied", broadcast=True)
+        await one.publish_many([Event.create("x", number) for number in range(20)])
+        await seen.count(20)
+        await copies.count(40)
+        assert sorted(event.payload for event in seen.events) == list(range(20))
+        assert await one.delete_group("shop/nobody") is False
+
+
+async def test_a_failing_start_leaves_nothing_open(tmp_path: Any) -> None:
+    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+
+    async def handler(event: Event[Any]) -> None: ...
+
+    bus.on("x", name="x")(handler)
+    other = Bus(f"sqlite:///{tmp_path}/no/bus.db", service="shop")
+    other.on("x")(handler)
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed):
+            await other.start()
+
+
+async def test_blocking_twin(tmp_path: Any) -> None:
+    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+    blocking = bus.blocking
+
+    async def asynchronous(event: Event[Any]) -> None: ...
+
+    def work() -> list[Any]:
+        results: list[Any] = []
+        seen = threading.Semaphore(0)
+        with blocking:
+            subscription = blocking.subscribe("x", lambda event: seen.release(), name="x")
+            blocking.publish("x", 1)
+            blocking.publish_many([Event.create("x", 2)])
+            assert seen.acquire(timeout=5)
+            assert seen.acquire(timeout=5)
+            results += [subscription.stats().name, list(blocking.stats()), blocking.guarantees().transport]
+            subscription.pause()
+            subscription.resume()
+            with pytest.raises(InvalidConfig, match="async"):
+                blocking.subscribe("x", asynchronous, name="y")
+            subscription.unsubscribe()
+            results.append(blocking.delete_group("shop/x"))
+            results.append(blocking.dead_letters.count())
+            results.append("polybus_published_total" in blocking.metrics())
+        with pytest.raises(BusClosed):
+            blocking.publish("x")
+        return results
+
+    assert await asyncio.to_thread(work) == ["x", ["x"], "sqlite", True, 0, True]

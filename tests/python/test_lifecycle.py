@@ -602,3 +602,33 @@ def test_nothing_starts_at_import() -> None:
         "sqlite:////no/such/folder/bus.db",
     )
     assert out == "1 1\n"
+
+
+def test_a_loop_without_add_reader(url: str) -> None:
+    """Windows' default loop."""
+    out = run(
+        """
+        class Loop(asyncio.SelectorEventLoop):
+            def add_reader(self, *args):
+                raise NotImplementedError
+        bus = Bus(URL, service="shop")
+        async def main():
+            seen = []
+            done = asyncio.Event()
+            async def handler(event):
+                seen.append(event.payload)
+                if len(seen) == 50:
+                    done.set()
+            async with bus:
+                await bus.subscribe("x", handler, name="x")
+                for number in range(50):
+                    await bus.publish("x", number)
+                await asyncio.wait_for(done.wait(), 10)
+            say(seen == list(range(50)))
+        loop = Loop()
+        loop.run_until_complete(main())
+        loop.close()
+        """,
+        url,
+    )
+    assert out == "True\n"

@@ -122,60 +122,69 @@ class LoopHandler:
     ) -> None:
         self._bus = bus
         self._name = name
-        self._handler = handler
         self._loop = loop
-        self._call_soon = loop.call_soon
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: set[int] = set()
         self._done: list[int] = []
+        self._run = self._runner(handler)
+        self.gone = False
         self.subscription: _native.NativeSubscription | None = None
-        # The context of each task is a copy of this one; Python 3.10 cannot be told, see `_run`.
+        # The context of each task is a copy of this one; Python 3.10 cannot be told, see `_runner`.
         self._context = contextvars.Context()
         self._context.run(current.set, bus)
 
     def start(self, batch: list[tuple[int, Event[Any]]]) -> None:
         """Run the handler in a task of its own for each event."""
         started = 0
+        task_of = self._task_maker()
         try:
             for started, (job, event) in enumerate(batch, 1):  # noqa: B007
-                task = self._task(self._run(job, event))
+                task = task_of(self._run(job, event))
                 if not task.done():
                     self._tasks[job] = task
         except BaseException:
             self.reporter.abandoned([job for job, _ in batch[started:]])
             raise
 
-    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        if sys.version_info >= (3, 11):
-            context = self._context.copy()
-            if self._loop.get_task_factory() is not None:
-                return self._loop.create_task(coroutine, name=self._name, context=context)
-            if sys.version_info >= (3, 12):
-                # A handler that does not wait ends here, without a turn of the loop.
-                return asyncio.Task(coroutine, loop=self._loop, name=self._name, context=context, eager_start=True)
-            return asyncio.Task(coroutine, loop=self._loop, name=self._name, context=context)
-        else:
-            return self._loop.create_task(coroutine, name=self._name)
-
-    async def _run(self, job: int, event: Event[Any]) -> None:
+    def _task_maker(self) -> Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]:
+        loop, name, context = self._loop, self._name, self._context
+        task = asyncio.Task
         if sys.version_info < (3, 11):
-            current.set(self._bus)
-        try:
-            await self._handler(event)
-        except BaseException as error:
-            self._tasks.pop(job, None)
-            self._failed(job, error)
-            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-                raise
-        else:
-            self._tasks.pop(job, None)
-            done = self._done
-            if not done:
-                self._call_soon(self._flush)
-            done.append(job)
+            return lambda coroutine: loop.create_task(coroutine, name=name)
+        elif loop.get_task_factory() is not None:
+            return lambda coroutine: loop.create_task(coroutine, name=name, context=context.copy())
+        elif sys.version_info < (3, 12):
+            return lambda coroutine: task(coroutine, loop=loop, name=name, context=context.copy())
+        else:  # a handler that does not wait ends here, without a turn of the loop
+            return lambda coroutine: task(coroutine, loop=loop, name=name, context=context.copy(), eager_start=True)
+
+    def _runner(self, handler: Callable[[Event[Any]], Awaitable[object]]) -> Callable[..., Coroutine[Any, Any, None]]:
+        """The coroutine of one event. A closure, because it is the innermost loop."""
+        done, forget, failed = self._done, self._tasks.pop, self._failed
+        call_soon, flush = self._loop.call_soon, self._flush
+        enter = None if sys.version_info >= (3, 11) else functools.partial(current.set, self._bus)
+
+        async def run(job: int, event: Event[Any]) -> None:
+            if enter is not None:
+                enter()
+            try:
+                await handler(event)
+            except BaseException as error:
+                forget(job, None)
+                failed(job, error)
+                if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                    raise
+            else:
+                forget(job, None)
+                if not done:
+                    call_soon(flush)
+                done.append(job)
+
+        return run
 
     def _flush(self) -> None:
-        done, self._done = self._done, []
+        done = self._done.copy()
+        self._done.clear()
         self.reporter.done(done)
 
     def _failed(self, job: int, error: BaseException) -> None:
@@ -198,6 +207,7 @@ class LoopHandler:
 
     def abandon(self) -> None:
         """The loop is going: hand everything back."""
+        self.gone = True
         if self._done:
             self._flush()
         for task in self._tasks.values():
@@ -235,6 +245,7 @@ class ThreadPool:
 
     def remove(self, number: int) -> None:
         """Its subscription has ended."""
+        self.native.remove(number)
         if (handler := self._handlers.pop(number, None)) is not None:
             with self._lock:
                 self._limit -= handler.concurrency
@@ -293,6 +304,7 @@ class ThreadHandler:
 
     reporter: _native.Reporter
     concurrency: int = 0
+    gone = False
 
     def __init__(self, bus: _native.NativeBus, handler: Handler, loop: asyncio.AbstractEventLoop | None) -> None:
         self._bus = bus

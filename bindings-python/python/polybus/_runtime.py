@@ -30,6 +30,7 @@ MOST_JOBS = 256
 
 _bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopBridge]] = weakref.WeakKeyDictionary()
 _buses: weakref.WeakSet[Bus] = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 class LoopBridge:
@@ -147,7 +148,8 @@ def bridge() -> LoopBridge:
     if alive is None:
         # In an empty context: handlers must not inherit the variables of whoever used the bus first.
         alive = contextvars.Context().run(LoopBridge, loop)
-        _bridges[loop] = weakref.ref(alive)
+        with _lock:
+            _bridges[loop] = weakref.ref(alive)
     return alive
 
 
@@ -161,13 +163,19 @@ async def run(operation: _native.Operation) -> Any:
 
 def watch_bus(bus: Bus) -> None:
     """Close it at exit, reset it after fork, log to its logger."""
-    _buses.add(bus)
+    with _lock:
+        _buses.add(bus)
     set_log_level()
+
+
+def _live() -> list[Bus]:
+    with _lock:
+        return list(_buses)
 
 
 def set_log_level() -> None:
     """Keep only what some logger wants."""
-    _native.set_log_level(min((bus.logger.getEffectiveLevel() for bus in _buses), default=logging.WARNING))
+    _native.set_log_level(min((bus.logger.getEffectiveLevel() for bus in _live()), default=logging.WARNING))
 
 
 def drain_logs() -> None:
@@ -175,7 +183,7 @@ def drain_logs() -> None:
     records = _native.take_logs()
     if records:
         # The core does not know which bus a record is about: each logger once.
-        loggers = {bus.logger for bus in _buses} or {logging.getLogger("polybus")}
+        loggers = {bus.logger for bus in _live()} or {logging.getLogger("polybus")}
         for level, message in records:
             for logger in loggers:
                 logger.log(level, "%s", message)
@@ -188,15 +196,17 @@ _leaked: list[object] = []
 
 def _after_fork() -> None:
     """In the child: everything is made anew. The parent's things are kept, untouched: their threads are not here."""
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it
     _leaked.extend(found() for found in _bridges.values())
     _bridges.clear()
-    _leaked.extend(bus._forget_process() for bus in list(_buses))
+    _leaked.extend(bus._forget_process() for bus in _live())
 
 
 def _at_exit() -> None:
     """Close what is open, briefly: a durable event that is not finished stays where it is."""
     deadline = time.monotonic() + 0.25
-    for bus in list(_buses):
+    for bus in _live():
         bus._close_at_exit(max(0.0, deadline - time.monotonic()))
     drain_logs()
 

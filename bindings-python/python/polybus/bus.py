@@ -180,7 +180,7 @@ class Bus:
         return _handlers.current.get() is self._native
 
     def _close_at_exit(self, timeout: float) -> None:
-        if (self._subscriptions or self._started) and not self._native.closed:
+        if self._native.opened:
             with contextlib.suppress(Exception):
                 self._native.close(timeout).wait()
         if self._pool is not None:
@@ -382,6 +382,7 @@ class Bus:
         def ended() -> None:
             if (alive := handlers()) is not None:
                 alive.handlers.pop(number, None)
+                alive.native.remove(number)
 
         operation, runner.reporter = self._native.subscribe(bridge.native, number, pattern, options)
         return operation, functools.partial(self._claim, handler, options, runner, ended)

@@ -101,7 +101,8 @@ class Subscription:
     @property
     def orphaned(self) -> bool:
         """Whether its loop is gone."""
-        return self._runner() is None
+        runner = self._runner()
+        return runner is None or runner.gone
 
     def __repr__(self) -> str:
         state = "" if self.active else " (ended)"
