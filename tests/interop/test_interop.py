@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,9 @@ class Actor:
         self._process.stdin.write(json.dumps({"do": do, **facts}) + "\n")
         self._process.stdin.flush()
         return self.wait(key)[key]
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
 
     def end(self) -> int:
         assert self._process.stdin is not None
@@ -151,3 +156,42 @@ def test_what_a_killed_process_held_goes_to_another_language(stage: Stage, kille
     heir = stage.actor(LANGUAGES[(LANGUAGES.index(killed) + 1) % 3])
     heir.ask("subscribed", "subscribe", pattern="n", name="s", group="g")
     assert heir.wait("saw")["attempt"] == 2
+
+
+@pytest.mark.parametrize("stopped", LANGUAGES)
+def test_a_stopped_process_cannot_settle_what_it_lost(stage: Stage, stopped: str) -> None:
+    """X3: stopped for longer than its lease; another language finishes the event; the first may not touch it again."""
+    victim, giver = stage.actor(stopped), stage.actor("rust")
+    victim.ask("subscribed", "subscribe", pattern="n", name="s", group="g", hang=True)
+    giver.ask("published", "publish", type="n", payload="1", meta={})
+    victim.wait("saw")
+    victim.signal(signal.SIGSTOP)
+    heir = stage.actor(LANGUAGES[(LANGUAGES.index(stopped) + 1) % 3])
+    heir.ask("subscribed", "subscribe", pattern="n", name="s", group="g")
+    assert heir.wait("saw")["attempt"] == 2
+    heir.ask("unsubscribed", "unsubscribe")  # its verdict is stored
+    victim.signal(signal.SIGCONT)
+    victim.ask("unsubscribed", "unsubscribe")  # hands back nothing: it holds nothing any more
+    giver.ask("subscribed", "subscribe", pattern="n", name="s", group="g")
+    assert victim.ask("published", "publish", type="n", payload="2", meta={})
+    assert giver.wait("saw")["payload"] == "2"
+    assert victim.ask("dead", "dead") == []
+
+
+def test_an_event_that_kills_its_process_ends_as_poison(stage: Stage) -> None:
+    """X7: nobody ever reports a failure, yet it does not go round for ever."""
+    giver = stage.actor("rust")
+    for attempt, language in enumerate(["python", "node", "rust"], start=1):
+        victim = stage.actor(language)
+        victim.ask("subscribed", "subscribe", pattern="n", name="s", group="g", hang=True)
+        if attempt == 1:
+            giver.ask("published", "publish", type="n", payload="1", meta={})
+        assert victim.wait("saw")["attempt"] == attempt
+        victim.kill()
+    heir = stage.actor("python")
+    heir.ask("subscribed", "subscribe", pattern="n", name="s", group="g")
+    deadline = time.monotonic() + DEADLINE
+    while not (letters := giver.ask("dead", "dead")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # a store tells only when asked
+    assert [letter["reason"] for letter in letters] == ["poison"]

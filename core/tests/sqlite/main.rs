@@ -7,3 +7,4 @@ mod files;
 mod keeping;
 mod processes;
 mod support;
+mod trouble;
