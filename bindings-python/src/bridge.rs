@@ -9,7 +9,7 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -125,7 +125,7 @@ pub struct Bridge {
 /// How the consumer is woken.
 pub enum Wake {
     /// A loop watches this descriptor.
-    Loop(Bell),
+    Loop { bell: Bell, stopped: AtomicBool },
     /// Threads wait.
     Threads { state: Mutex<Waiting>, changed: Condvar, idle: AtomicUsize },
 }
@@ -137,12 +137,18 @@ pub struct Waiting {
 }
 
 impl Wake {
-    pub fn ring(&self) {
+    /// Returns whether somebody will come.
+    pub fn ring(&self) -> bool {
         match self {
-            Self::Loop(bell) => bell.ring(),
+            Self::Loop { bell, stopped } => {
+                bell.ring();
+                !stopped.load(Ordering::Relaxed)
+            }
             Self::Threads { state, changed, .. } => {
-                lock(state).rung = true;
+                let mut waiting = lock(state);
+                waiting.rung = true;
                 changed.notify_one();
+                !waiting.stopped
             }
         }
     }
@@ -155,12 +161,14 @@ impl Bridge {
     fn new(threads: bool) -> PyResult<Self> {
         let wake = Arc::new(match threads {
             true => Wake::Threads { state: Mutex::default(), changed: Condvar::new(), idle: AtomicUsize::new(0) },
-            false => Wake::Loop(Bell::new()?),
+            false => Wake::Loop { bell: Bell::new()?, stopped: AtomicBool::new(false) },
         });
         log::watch(&wake);
         let bell = wake.clone();
         Ok(Self {
-            host: Here::new(Host::new(move || bell.ring())),
+            host: Here::new(Host::new(move || {
+                bell.ring();
+            })),
             wake,
             futures: Mutex::default(),
             next: AtomicU64::new(0),
@@ -171,7 +179,7 @@ impl Bridge {
     /// Readable when `take` has something.
     fn fileno(&self) -> PyResult<i32> {
         match &*self.wake {
-            Wake::Loop(bell) => Ok(bell.watched().as_raw_fd()),
+            Wake::Loop { bell, .. } => Ok(bell.watched().as_raw_fd()),
             Wake::Threads { .. } => Err(PyRuntimeError::new_err("threads wait, they do not watch")),
         }
     }
@@ -197,7 +205,7 @@ impl Bridge {
     /// Resolves what finished and returns what is to be started and stopped: `(jobs, cancelled)`. Jobs come in order as
     /// `(subscription, [(job, event), …])`, what is cancelled as `(subscription, job)`.
     fn take(&self, py: Python<'_>, max: usize) -> PyResult<Given> {
-        if let Wake::Loop(bell) = &*self.wake {
+        if let Wake::Loop { bell, .. } = &*self.wake {
             bell.hear();
         }
         let taken = self.host.take(max);
@@ -255,15 +263,18 @@ impl Bridge {
     fn idle(&self) -> usize {
         match &*self.wake {
             Wake::Threads { idle, .. } => idle.load(Ordering::SeqCst),
-            Wake::Loop(_) => 0,
+            Wake::Loop { .. } => 0,
         }
     }
 
-    /// Ends every `wait`, now and later.
+    /// Nobody will take any more. Ends every `wait`, now and later.
     fn stop(&self) {
-        if let Wake::Threads { state, changed, .. } = &*self.wake {
-            lock(state).stopped = true;
-            changed.notify_all();
+        match &*self.wake {
+            Wake::Loop { stopped, .. } => stopped.store(true, Ordering::Relaxed),
+            Wake::Threads { state, changed, .. } => {
+                lock(state).stopped = true;
+                changed.notify_all();
+            }
         }
     }
 }

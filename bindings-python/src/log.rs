@@ -1,89 +1,45 @@
-//! The core's log, kept for Python to fetch: a Rust thread that logs never waits for the GIL.
+//! The core's log for Python: levels as numbers of `logging`, and a bridge that is asked to fetch.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Once};
 
-use ::log::{Level, LevelFilter, Log, Metadata, Record};
-use polybus_core::process::PerProcess;
+use ::log::{Level, LevelFilter};
+use polybus_core::logs;
 use pyo3::prelude::*;
 
-use crate::bridge::{Wake, lock};
+use crate::bridge::Wake;
 
-/// Most records that wait; the oldest go first.
-const CAPACITY: usize = 1000;
-
-struct Queue {
-    records: Mutex<VecDeque<(u8, String)>>,
-    /// Consumers that can be asked to fetch.
-    wakes: Mutex<Vec<Weak<Wake>>>,
-}
-
-static QUEUE: PerProcess<Queue> = PerProcess::new();
-
-fn queue() -> &'static Queue {
-    QUEUE.get_or_init(|| Queue { records: Mutex::default(), wakes: Mutex::default() })
-}
-
-struct Logger;
-
-impl Log for Logger {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target().starts_with("polybus")
-    }
-
-    fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
-            return;
-        }
-        // Python's numbers.
-        let level = match record.level() {
-            Level::Error => 40,
-            Level::Warn => 30,
-            Level::Info => 20,
-            Level::Debug => 10,
-            Level::Trace => 5,
-        };
-        {
-            let mut records = lock(&queue().records);
-            if records.len() == CAPACITY {
-                records.pop_front();
-            }
-            records.push_back((level, record.args().to_string()));
-        }
-        // All of them: the loop of one may never turn again.
-        lock(&queue().wakes).iter().filter_map(Weak::upgrade).for_each(|wake| wake.ring());
-    }
-
-    fn flush(&self) {}
-}
-
-/// `wake` rings when there are records.
+/// `wake` rings when there are records, as long as somebody has it.
 pub fn watch(wake: &Arc<Wake>) {
-    let mut wakes = lock(&queue().wakes);
-    wakes.retain(|wake| wake.strong_count() > 0);
-    wakes.push(Arc::downgrade(wake));
+    let wake = Arc::downgrade(wake);
+    logs::watch(::log::max_level(), move || wake.upgrade().is_some_and(|wake| wake.ring()));
 }
 
 /// Keeps records of this level of Python's `logging` and above.
 #[pyfunction]
 pub fn set_log_level(level: u32) {
-    // A second call finds the logger in place.
-    let _ = ::log::set_logger(&Logger);
-    ::log::set_max_level(match level {
+    let level = match level {
         0..=9 => LevelFilter::Trace,
         10..=19 => LevelFilter::Debug,
         20..=29 => LevelFilter::Info,
         30..=39 => LevelFilter::Warn,
         40..=49 => LevelFilter::Error,
         _ => LevelFilter::Off,
-    });
+    };
+    static KEPT: Once = Once::new();
+    // A program without any bridge fetches after each blocking call.
+    KEPT.call_once(|| logs::watch(level, || false));
+    logs::set_level(level);
 }
 
 /// The records that wait, as level and message, oldest first.
 #[pyfunction]
 pub fn take_logs() -> Vec<(u8, String)> {
-    match QUEUE.get() {
-        Some(queue) => lock(&queue.records).drain(..).collect(),
-        None => Vec::new(),
-    }
+    let number = |level| match level {
+        Level::Error => 40,
+        Level::Warn => 30,
+        Level::Info => 20,
+        Level::Debug => 10,
+        Level::Trace => 5,
+    };
+    logs::take().into_iter().map(|(level, message)| (number(level), message)).collect()
 }

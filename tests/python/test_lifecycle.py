@@ -632,3 +632,34 @@ def test_a_loop_without_add_reader(url: str) -> None:
         url,
     )
     assert out == "True\n"
+
+
+def test_a_kept_traceback_does_not_keep_a_closed_loop_subscribed(url: str) -> None:
+    out = run(
+        """
+        bus = Bus(URL, service="shop", lease=30)
+        got = asyncio.Event()
+        async def handler(event):
+            got.set()
+            await asyncio.sleep(1000)
+        async def first():
+            await bus.start()
+            await bus.subscribe("x", handler, name="x")
+            await bus.publish("x")
+            await got.wait()
+            await bus.dead_letters.get("none")
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(first())
+        except NotFound as error:
+            kept = error
+        loop.close()
+        del loop
+        other = Bus(URL, service="shop")
+        for event in other.blocking.events("x", name="x"):
+            say(event.type)
+            break
+        """,
+        url,
+    )
+    assert out == "x\n"

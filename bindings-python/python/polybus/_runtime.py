@@ -52,26 +52,16 @@ class LoopBridge:
         with contextlib.suppress(StopIteration):
             self._guard.__anext__().send(None)
 
-    async def run(self, operation: _native.Operation) -> Any:
-        """Await an operation. Whoever stops waiting does not stop it."""
+    def begin(self, operation: _native.Operation) -> asyncio.Future[Any]:
+        """Start an operation; the future gets its result. Cancelling the future does not stop it."""
         future = self._create_future()
         self.native.spawn(operation, future)
-        if future.done():
-            # Never waiting would starve everything else on the loop.
-            self._immediate += 1
-            if self._immediate % 32 == 0:
-                await asyncio.sleep(0)
-        return await future
+        return future
 
-    async def run_or_forget(self, operation: _native.Operation) -> Any:
-        """Await an operation that ends when nobody waits for it any more."""
-        future = self._create_future()
-        key = self.native.spawn(operation, future)
-        try:
-            return await future
-        finally:
-            if future.cancelled():
-                self.native.forget(key)
+    def must_yield(self) -> bool:
+        """Whether the loop should turn, although there is nothing to wait for: others would starve."""
+        self._immediate += 1
+        return self._immediate % 32 == 0
 
     def _drain(self) -> None:
         jobs, cancelled = self.native.take(MOST_JOBS)
@@ -98,7 +88,8 @@ class LoopBridge:
         handlers, self.handlers = self.handlers, {}
         for handler in handlers.values():
             handler.abandon()
-        if not self._loop.is_closed() and handlers is not None:
+        self.native.stop()
+        if not self._loop.is_closed():
             with contextlib.suppress(Exception):
                 self._loop.remove_reader(self.native.fileno())
         if (known := _bridges.get(self._loop)) is not None and known() in (self, None):
@@ -153,9 +144,30 @@ def bridge() -> LoopBridge:
     return alive
 
 
+# These two keep no reference to the bridge while they wait: a traceback that somebody keeps must not keep it alive.
+
+
 async def run(operation: _native.Operation) -> Any:
-    """Await an operation of the core on the running loop."""
-    return await bridge().run(operation)
+    """Await an operation of the core on the running loop. Whoever stops waiting does not stop it."""
+    here = bridge()
+    future = here.begin(operation)
+    pause = future.done() and here.must_yield()
+    del here
+    if pause:
+        await asyncio.sleep(0)
+    return await future
+
+
+async def run_or_forget(operation: _native.Operation) -> Any:
+    """Await an operation that ends when nobody waits for it any more."""
+    native = bridge().native
+    future = asyncio.get_running_loop().create_future()
+    key = native.spawn(operation, future)
+    try:
+        return await future
+    finally:
+        if future.cancelled():
+            native.forget(key)
 
 
 # ---- log ----------------------------------------------------------------------------------------------------------

@@ -364,7 +364,7 @@ class Bus:
         else:
             operation, claim = self._on_loop(pattern, checked, options, loop)
         try:
-            native = await _runtime.bridge().run_or_forget(operation)
+            native = await _runtime.run_or_forget(operation)
         except BaseException:
             claim(None)
             raise

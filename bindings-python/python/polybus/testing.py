@@ -70,7 +70,7 @@ class TestBus(Bus):
         """The first matching event, published before or after this call. `TimeoutError` after real seconds."""
         await self._settle()
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        waiting = asyncio.ensure_future(_runtime.bridge().run_or_forget(self._native.wait_for(pattern)))
+        waiting = asyncio.ensure_future(_runtime.run_or_forget(self._native.wait_for(pattern)))
         done, _ = await asyncio.wait({waiting}, timeout=seconds)
         if not done:
             waiting.cancel()
@@ -117,7 +117,7 @@ class TestBus(Bus):
         await self._idle(None)
 
     async def _idle(self, timeout: float | None) -> None:
-        waiting = asyncio.ensure_future(_runtime.bridge().run_or_forget(self._native.idle()))
+        waiting = asyncio.ensure_future(_runtime.run_or_forget(self._native.idle()))
         try:
             done, _ = await asyncio.wait({waiting}, timeout=timeout)
         finally:
