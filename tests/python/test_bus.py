@@ -53,18 +53,23 @@ class Seen:
         self._loop.call_soon_threadsafe(self._changed.set)
 
     async def count(self, count: int, timeout: float = 10.0) -> list[Event[Any]]:
-        async with asyncio.timeout(timeout):
+        async def wait() -> None:
             while len(self.events) < count:
                 self._changed.clear()
                 await self._changed.wait()
+
+        await asyncio.wait_for(wait(), timeout)
         return self.events
 
 
 async def until(condition: Any, timeout: float = 10.0) -> None:
     """For states that no event announces."""
-    async with asyncio.timeout(timeout):
+
+    async def wait() -> None:
         while not (value := condition()) or (asyncio.iscoroutine(value) and not await value):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(wait(), timeout)
 
 
 async def test_decorator_publish_and_facts(bus: Bus) -> None:

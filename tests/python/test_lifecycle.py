@@ -289,8 +289,7 @@ def test_uvloop(url: str) -> None:
                 await bus.publish_many([Event.create("x", n) for n in range(100, 200)])
                 await asyncio.wait_for(done.wait(), 10)
         for _ in range(2):
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(main())
+            uvloop.run(main())
             say(sorted(seen) == list(range(200)))
             seen.clear()
         """,
