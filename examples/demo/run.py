@@ -65,15 +65,17 @@ class Book:
 
     def broken_chains(self) -> list[str]:
         """Shipments whose chain does not lead back to the order that they name."""
-        broken = []
-        for line in self.packed.values():
-            if not self.placed.get(line["causation"]) == line["order"] == self.placed.get(line["correlation"]):
-                broken.append(f"{line['type']} {line['id']} of {line['order']}")
-        for line in self.sent.values():
-            parent = self.packed.get(line["causation"])
-            if parent is None or parent["order"] != line["order"] or parent["correlation"] != line["correlation"]:
-                broken.append(f"{line['type']} {line['id']} of {line['order']}")
-        return broken
+        broken = [line for line in self.packed.values() if not self._follows_its_order(line)]
+        broken += [line for line in self.sent.values() if not self._follows_its_parcel(line)]
+        return [f"{line['type']} {line['id']} of {line['order']}" for line in broken]
+
+    def _follows_its_order(self, packed: dict[str, Any]) -> bool:
+        parent, root = self.placed.get(packed["causation"]), self.placed.get(packed["correlation"])
+        return bool(parent == root == packed["order"])
+
+    def _follows_its_parcel(self, sent: dict[str, Any]) -> bool:
+        parent = self.packed.get(sent["causation"])
+        return parent is not None and all(parent[fact] == sent[fact] for fact in ("order", "correlation"))
 
     def redelivered(self, killed: int) -> set[str]:
         """Orders that the killed process had begun and another process began again."""
@@ -159,6 +161,7 @@ class Demo:
         """Dead letters of the bus: event id → reason. The last one may be on its way: wait for what was given up."""
         async with Bus(self.url, service="demo", bus=self.bus_name) as bus:
             expected = {t["id"] for t in self.book.tries if t["attempt"] == 4} - set(self.book.mailed)
+            found: dict[str, str] = {}
             for _ in range(100):
                 letters = await bus.dead_letters.list(limit=1000)
                 found = {letter.event.meta.id: letter.reason for letter in letters if letter.event is not None}
@@ -181,8 +184,9 @@ class Demo:
     def report(self, killed: int, dead: dict[str, str], exits: list[int]) -> int:
         book = self.book
         shipped, redelivered, broken = book.shipped_orders(), book.redelivered(killed), book.broken_chains()
-        not_shipped = [order for id, order in book.placed.items() if id not in shipped]
-        not_mailed = [order for id, order in book.placed.items() if id not in book.mailed and id not in dead]
+        not_shipped = [order for event, order in book.placed.items() if event not in shipped]
+        handled = {*book.mailed, *dead}
+        not_mailed = [order for event, order in book.placed.items() if event not in handled]
         lost = len(not_shipped) + len(not_mailed)
         retried = {t["id"] for t in book.tries if t["attempt"] > 1}
         rows = [
@@ -190,13 +194,13 @@ class Demo:
             ("shipped", len(shipped & set(book.placed)), "shipment.sent seen by the shop"),
             ("mailed", len(book.mailed), ""),
             ("retried mails", len(retried), f"{sum(t['attempt'] > 1 for t in book.tries)} retries"),
-            ("dead-lettered", len(dead), ", ".join(f"{book.placed.get(id)} ({why})" for id, why in dead.items())),
+            ("dead-lettered", len(dead), ", ".join(f"{book.placed.get(event)} ({why})" for event, why in dead.items())),
             ("redelivered after the kill", len(redelivered), "begun by the killed warehouse, begun again by the next"),
             ("shipped twice", len(book.sent) - len(shipped), "at least once: the kill came after the publish"),
             ("broken causal chains", len(broken), "; ".join(broken[:3])),
             ("LOST", lost, "; ".join((not_shipped + not_mailed)[:5])),
         ]
-        print(f"\n" + "\n".join(f"  {name:28}{count:>6}   {note}" for name, count, note in rows))
+        print("\n" + "\n".join(f"  {name:28}{count:>6}   {note}" for name, count, note in rows))
         whole = len(book.placed) == self.orders and not lost and not broken and not any(exits)
         print(f"\n  {'Nothing was lost.' if whole else 'FAILED'}  ({time.monotonic() - self.began:.1f} s)\n")
         if any(exits):

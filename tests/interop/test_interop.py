@@ -21,7 +21,7 @@ PAIRS = [(publisher, consumer) for publisher in LANGUAGES for consumer in LANGUA
 DEADLINE = 60
 
 # Text that a parser and a serializer between the ends would change.
-PAYLOAD = '{ "id":123456789012345678901234567890, "price":1.10, "e":1E400, "nul":"\\u0000", "t":"é☃\\u00e9", "__proto__":{} }'
+PAYLOAD = '{ "n":123456789012345678901234567890, "p":1.10, "e":1E400, "z":"\\u0000", "t":"é☃\\u00e9", "__proto__":{} }'
 META = {
     "partitionKey": "o-1",
     "idempotencyKey": "order:o-1:placed",
@@ -114,13 +114,13 @@ def stage(commands: dict[str, list[str]], tmp_path: Path) -> Iterator[Stage]:
 def test_bytes_and_facts_are_the_same(stage: Stage, publisher: str, consumer: str) -> None:
     giver, taker = stage.actor(publisher), stage.actor(consumer)
     taker.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
-    id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
+    event_id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
     line = taker.wait("saw")
     assert line["payload"] == PAYLOAD
     assert line["attempt"] == 1
     meta = line["saw"]["meta"]
     assert line["saw"]["type"] == "order.placed"
-    assert (meta["id"], meta["correlationId"], meta["source"]) == (id, id, publisher)
+    assert (meta["id"], meta["correlationId"], meta["source"]) == (event_id, event_id, publisher)
     assert {name: meta[name] for name in META} == META
     assert taker.end() == 0
     assert giver.end() == 0
@@ -131,17 +131,17 @@ def test_dead_letters_and_replay(stage: Stage, publisher: str, consumer: str) ->
     """A letter that one language buried is listed and replayed by another, to a handler in either."""
     giver, taker = stage.actor(publisher), stage.actor(consumer)
     taker.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g", fail=True)
-    id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
+    event_id = giver.ask("published", "publish", type="order.placed", payload=PAYLOAD, meta=META)
     assert [taker.wait("saw")["attempt"] for _ in range(2)] == [1, 2]
     taker.ask("unsubscribed", "unsubscribe")  # also waits until the verdict is stored
     (letter,) = giver.ask("dead", "dead")
-    assert (letter["event"]["meta"]["id"], letter["payload"]) == (id, PAYLOAD)
+    assert (letter["event"]["meta"]["id"], letter["payload"]) == (event_id, PAYLOAD)
     assert (letter["reason"], letter["attempts"], letter["group"]) == ("exhausted", 2, "g")
     assert letter["error"] == "as the test wants ☃"
     giver.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
     assert taker.ask("replayed", "replay") == 1
     line = giver.wait("saw")
-    assert (line["saw"]["meta"]["id"], line["payload"], line["attempt"]) == (id, PAYLOAD, 1)
+    assert (line["saw"]["meta"]["id"], line["payload"], line["attempt"]) == (event_id, PAYLOAD, 1)
     assert taker.ask("replayed", "replay") == 0
 
 

@@ -2,7 +2,7 @@
 //!
 //! | part | its duty |
 //! |---|---|
-//! | [`file`], [`schema`] | from the URL to a file that is ours; the tables |
+//! | [`mod@file`], [`schema`] | from the URL to a file that is ours; the tables |
 //! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
