@@ -16,7 +16,7 @@ mod group;
 mod store;
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::{
@@ -28,6 +28,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::Error;
 use crate::event::Text;
+use crate::process::PerProcess;
 use store::Store;
 
 pub(super) fn check_name(name: &str) -> Result<()> {
@@ -56,18 +57,17 @@ pub struct Memory {
     sources: Mutex<Vec<Weak<MemorySource>>>,
 }
 
-type Named = HashMap<(u32, String, Text), Weak<Store>>;
+type Named = HashMap<(String, Text), Weak<Store>>;
 
 impl Memory {
     fn open(name: &str, bus: &Text, clock: Clock) -> Self {
-        // Keyed by process id: a forked child starts empty, like any other process.
-        static NAMED: LazyLock<Mutex<Named>> = LazyLock::new(Mutex::default);
+        static NAMED: PerProcess<Mutex<Named>> = PerProcess::new();
         let store = if name.is_empty() {
             Arc::new(Store::new(clock))
         } else {
-            let mut named = NAMED.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut named = NAMED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
             named.retain(|_, store| store.strong_count() > 0);
-            let key = (std::process::id(), name.to_owned(), bus.clone());
+            let key = (name.to_owned(), bus.clone());
             named.get(&key).and_then(Weak::upgrade).unwrap_or_else(|| {
                 let store = Arc::new(Store::new(clock));
                 named.insert(key, Arc::downgrade(&store));

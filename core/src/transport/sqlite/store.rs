@@ -9,7 +9,7 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
@@ -27,6 +27,7 @@ use super::retention::Limits;
 use super::writer::{Message, Writer};
 use super::{fault, file, schema};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::PerProcess;
 
 /// Bytes of publishes that may wait for the writer.
 const QUEUE_BYTES: usize = 64 << 20;
@@ -79,35 +80,8 @@ impl Drop for Store {
     }
 }
 
-struct Registry {
-    pid: u32,
-    stores: Mutex<HashMap<PathBuf, Weak<Store>>>,
-}
-
-static REGISTRY: AtomicPtr<Registry> = AtomicPtr::new(std::ptr::null_mut());
-
-/// The registry of the calling process. Never freed: the one of a forked parent may be locked for ever.
-fn registry() -> &'static Registry {
-    let pid = std::process::id();
-    let seen = REGISTRY.load(Ordering::Acquire);
-    // SAFETY: a non-null pointer comes from Box::into_raw below and is never freed once it was published.
-    if let Some(registry) = unsafe { seen.as_ref() }
-        && registry.pid == pid
-    {
-        return registry;
-    }
-    let made = Box::into_raw(Box::new(Registry { pid, stores: Mutex::default() }));
-    match REGISTRY.compare_exchange(seen, made, Ordering::AcqRel, Ordering::Acquire) {
-        // SAFETY: as above.
-        Ok(_) => unsafe { &*made },
-        Err(winner) => {
-            // SAFETY: `made` was never shared.
-            drop(unsafe { Box::from_raw(made) });
-            // SAFETY: as above; made by another thread of this process id.
-            unsafe { &*winner }
-        }
-    }
-}
+/// The open files of this process. A forked child begins with none: the map of its parent may be locked for ever.
+static OPEN: PerProcess<Mutex<HashMap<PathBuf, Weak<Store>>>> = PerProcess::new();
 
 /// Runs `work` on a thread that may block, and waits for it without blocking.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -124,7 +98,7 @@ pub(super) async fn open(path: PathBuf, full: bool, allow_network: bool) -> Resu
         let path = file::canonical(&path)?;
         fork::install();
         // Held while opening: two buses that open one file at once must end up with one store.
-        let mut stores = registry().stores.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stores = OPEN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
         fork::forget_parent();
         if let Some(store) = stores.get(&path).and_then(Weak::upgrade)
             && store.join()
