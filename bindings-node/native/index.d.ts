@@ -58,12 +58,12 @@ export declare class NativeBus {
   start(key: number): string | null
   close(key: number, timeoutMs: number): string | null
   /**
-   * Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts, or, if all are for
-   * synchronous handling, nothing.
+   * Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts. Publishes happen in the order
+   * of the calls.
    */
-  publish(key: number, texts: string, lengths: Float64Array, count: number): string | null
+  publish(key: number, texts: Uint8Array, lengths: Float64Array, count: number): string | null
   /** For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`. */
-  matching(texts: string, lengths: Float64Array): string
+  matching(texts: Uint8Array, lengths: Float64Array): string
   /** `id` marks the jobs. The output is `{name, group, pattern, timeoutMs}`. */
   subscribe(key: number, id: number, pattern: string, options: string): string | null
   guarantees(key: number): string | null
@@ -120,6 +120,9 @@ export declare function errorKinds(): Array<[string, string, boolean]>
 
 /** Whether `pattern` matches `event_type`; throws `InvalidPattern`. */
 export declare function matches(pattern: string, eventType: string): boolean
+
+/** Ids for new events, 36 characters each, one after the other, newest first: the next is cut off the end. */
+export declare function newIds(count: number): string
 
 /** Milliseconds until the attempt after `attempt` (from 1), or `null` to give up; `random` lies in `0..1`. */
 export declare function retryDelay(policy: string, attempt: number, random: number): number | null

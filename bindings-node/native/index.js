@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, retryDelay, version } = nativeBinding
+const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version } = nativeBinding
 export { Bridge }
 export { NativeBus }
 export { checkPublishOptions }
@@ -786,6 +786,7 @@ export { createEvent }
 export { decodeEvent }
 export { errorKinds }
 export { matches }
+export { newIds }
 export { retryDelay }
 export { version }
 export const __napiBindingTarget = __napiLoadedBindingTarget

@@ -3,18 +3,21 @@
 //! A method with a `key` is an operation: it returns its JSON text if it is done at once, else `undefined`, and
 //! `Bridge.take` hands the text out later under that key.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::Poll;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use napi::bindgen_prelude::Float64ArraySlice;
+use napi::bindgen_prelude::{Float64ArraySlice, Uint8ArraySlice};
 use napi_derive::napi;
 use polybus_core::dead_letter::DeadLetter;
 use polybus_core::error::{Error, Result};
-use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming};
+use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming, PublishOptions};
 use polybus_core::subscription::Counters;
-use polybus_core::transport::{GroupStats, Receipt};
-use polybus_core::{Bus, Subscription, metrics};
+use polybus_core::transport::{GroupStats, Outgoing, Receipt};
+use polybus_core::{Bus, Subscription, metrics, process};
 use serde_json::{Value, json};
 
 use crate::bridge::{Bridge, Output, Shared};
@@ -28,7 +31,12 @@ pub struct NativeBus {
     id: u32,
     bus: Bus,
     bridge: Arc<Shared>,
+    /// Held from the call of a publish until the transport has it.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
+
+/// From so many events on, a publish is read on another thread: this one has handlers to run.
+const MANY: u32 = 64;
 
 impl NativeBus {
     fn start_with<F>(&self, key: u32, operation: impl FnOnce(Bus) -> F) -> napi::Result<Option<String>>
@@ -50,7 +58,7 @@ impl NativeBus {
         let options = if from_config { Ok(options) } else { options::snake(&options) };
         let options = options.and_then(|json| BusOptions::from_json(&json, Naming::TypeScript));
         let bus = options.and_then(|options| Bus::new(&url, options)).map_err(throw)?;
-        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), bus, bridge: bridge.shared() })
+        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), bus, bridge: bridge.shared(), turn: Arc::default() })
     }
 
     /// The URL without its password.
@@ -92,28 +100,52 @@ impl NativeBus {
         })
     }
 
-    /// Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts, or, if all are for
-    /// synchronous handling, nothing.
+    /// Publishes the events in `texts`, cut by `lengths`. The output is a list of receipts. Publishes happen in the order
+    /// of the calls.
     #[napi]
     pub fn publish(
         &self,
         key: u32,
-        texts: String,
+        texts: Uint8ArraySlice,
         lengths: Float64ArraySlice,
         count: u32,
     ) -> napi::Result<Option<String>> {
-        let lengths: &[f64] = &lengths;
-        let drafts =
-            event::drafts(texts, &lengths[..count as usize * event::DRAFT], self.bus.options().max_payload_bytes);
-        let batch = all(drafts).map_err(throw)?.into_iter().map(|(outgoing, _)| outgoing).collect();
-        self.start_with(key, |bus| async move { bus.publish(batch).await.map(|receipts| receipts_text(&receipts)) })
+        let lengths = &lengths[..count as usize * event::DRAFT];
+        let texts = &texts[..event::size(lengths).min(texts.len())];
+        let limit = self.bus.options().max_payload_bytes;
+        let turn = self.turn.clone().lock_owned();
+        if count < MANY {
+            let batch = outgoing(event::drafts(texts, lengths, limit)).map_err(throw)?;
+            return self.start_with(key, |bus| async move {
+                drop(turn.await);
+                bus.publish(batch).await.map(|receipts| receipts_text(&receipts))
+            });
+        }
+        let (texts, lengths) = (texts.to_vec(), lengths.to_vec());
+        self.start_with(key, |bus| async move {
+            let turn = turn.await;
+            let elsewhere = process::current().runtime.spawn(async move {
+                let read = move || outgoing(event::drafts(&texts, &lengths, limit));
+                let read = tokio::task::spawn_blocking(read);
+                let mut publishing = pin!(bus.publish(read.await.map_err(ended)??));
+                // Whoever is next may go as soon as the transport has seen this one.
+                let first = poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await;
+                drop(turn);
+                let receipts = match first {
+                    Poll::Ready(receipts) => receipts,
+                    Poll::Pending => publishing.await,
+                };
+                receipts.map(|receipts| receipts_text(&receipts))
+            });
+            elsewhere.await.map_err(ended)?
+        })
     }
 
     /// For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`.
     #[napi]
-    pub fn matching(&self, texts: String, lengths: Float64ArraySlice) -> napi::Result<String> {
+    pub fn matching(&self, texts: Uint8ArraySlice, lengths: Float64ArraySlice) -> napi::Result<String> {
         let lengths: &[f64] = &lengths;
-        let drafts = event::drafts(texts, &lengths[..event::DRAFT], self.bus.options().max_payload_bytes);
+        let drafts = event::drafts(&texts, &lengths[..event::DRAFT], self.bus.options().max_payload_bytes);
         let matching = all(drafts).and_then(|mut drafts| {
             let event = self.bus.prepare(drafts.swap_remove(0).0.event)?;
             let names: Vec<_> = self.bus.matching(&event)?.iter().map(|found| found.name().to_string()).collect();
@@ -284,6 +316,10 @@ fn dead_query(json: &str) -> napi::Result<DeadLetterQuery> {
     query.map_err(throw)
 }
 
+fn outgoing(drafts: Vec<Result<(Outgoing, PublishOptions)>>) -> Result<Vec<Outgoing>> {
+    Ok(all(drafts)?.into_iter().map(|(outgoing, _)| outgoing).collect())
+}
+
 /// All of them, or an error that lists which are not valid.
 fn all<T>(results: Vec<Result<T>>) -> Result<Vec<T>> {
     let count = results.len();
@@ -302,6 +338,11 @@ fn all<T>(results: Vec<Result<T>>) -> Result<Vec<T>> {
             Err(Error::new(first.kind(), message).during("publish").listing(failures))
         }
     }
+}
+
+/// The runtime ended under an operation: the process is exiting.
+fn ended(cause: tokio::task::JoinError) -> Error {
+    Error::bus_closed("the process is ending").caused_by(cause)
 }
 
 fn nothing((): ()) -> String {

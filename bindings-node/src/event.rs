@@ -1,9 +1,11 @@
 //! Events cross in their wire form, cut by lengths: JavaScript parses payload and meta on first touch, and what it
 //! only forwards comes back byte for byte.
 //!
-//! JavaScript counts UTF-16 units. As long as all is ASCII, which is the usual case, these are bytes.
+//! What JavaScript publishes comes as bytes. What it receives is a string, so it counts in UTF-16 units; as long as all
+//! is ASCII, which is the usual case, these are bytes too.
 
 use std::ops::Range;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use polybus_core::bus::{child_event, new_event};
@@ -11,54 +13,47 @@ use polybus_core::codec::{self, Layout};
 use polybus_core::error::{Error, Result};
 use polybus_core::options::PublishOptions;
 use polybus_core::transport::Outgoing;
-use polybus_core::{Event, Pattern};
+use polybus_core::{Event, Meta, Pattern};
 use serde_json::Value;
 
 use crate::error::throw;
 use crate::options;
 
-/// Numbers that describe one event to publish: `[kind, type, payload, meta, options]`, lengths in UTF-16 units.
+/// Numbers that describe one event to publish: `[kind, type, payload, meta, options]`, lengths in bytes.
 pub const DRAFT: usize = 5;
 /// Kinds of [`DRAFT`]: type, payload, meta; or the whole wire form as payload.
 const WHOLE: f64 = 1.0;
 
-/// Reads the events of one publish out of `blob`, which holds their texts one after the other.
-///
-/// The inner result is the caller's event that is not valid.
-pub fn drafts(blob: String, lengths: &[f64], limit: usize) -> Vec<Result<(Outgoing, PublishOptions)>> {
-    let mut rest = blob.as_str();
-    let ascii = blob.is_ascii();
-    let mut next = |units: f64| {
-        let (piece, tail) = rest.split_at(bytes_of(rest, units as usize, ascii));
+/// How many bytes `lengths` describe.
+pub fn size(lengths: &[f64]) -> usize {
+    lengths.chunks_exact(DRAFT).flat_map(|numbers| &numbers[1..]).map(|length| *length as usize).sum()
+}
+
+/// Reads the events of one publish out of `texts`, which holds their parts one after the other.
+pub fn drafts(texts: &[u8], lengths: &[f64], limit: usize) -> Vec<Result<(Outgoing, PublishOptions)>> {
+    let mut rest = texts;
+    let mut next = |length: f64| {
+        let (piece, tail) = rest.split_at((length as usize).min(rest.len()));
         rest = tail;
         piece
     };
     let draft = |numbers: &[f64]| {
-        let [kind, event_type, payload, meta, schedule] = numbers else { unreachable!("chunks of DRAFT") };
-        let (event_type, payload) = (next(*event_type), next(*payload));
-        let (meta, schedule) = (next(*meta), next(*schedule));
-        let payload = Bytes::copy_from_slice(payload.as_bytes());
-        let event = match *kind {
+        let (event_type, payload) = (next(numbers[1]), next(numbers[2]));
+        let (meta, schedule) = (next(numbers[3]), next(numbers[4]));
+        // A copy each: a slice would keep the whole batch alive for as long as one of its events.
+        let payload = Bytes::copy_from_slice(payload);
+        let event = match numbers[0] {
             WHOLE => codec::decode(&payload, limit)?,
-            _ => new_event(event_type, payload, (!meta.is_empty()).then_some(meta.as_bytes()), limit)?,
+            _ => new_event(text(event_type)?, payload, (!meta.is_empty()).then_some(meta), limit)?,
         };
-        let options = if schedule.is_empty() { PublishOptions::default() } else { options::publish(schedule)? };
+        let options = if schedule.is_empty() { PublishOptions::default() } else { options::publish(text(schedule)?)? };
         Ok((options::outgoing(event, options), options))
     };
     lengths.chunks_exact(DRAFT).map(draft).collect()
 }
 
-fn bytes_of(text: &str, units: usize, ascii: bool) -> usize {
-    if ascii {
-        return units.min(text.len());
-    }
-    let mut left = units;
-    let mut chars = text.char_indices();
-    while left > 0 {
-        let Some((_, c)) = chars.next() else { return text.len() };
-        left = left.saturating_sub(c.len_utf16());
-    }
-    chars.next().map_or(text.len(), |(at, _)| at)
+fn text(bytes: &[u8]) -> Result<&str> {
+    std::str::from_utf8(bytes).map_err(|cause| Error::invalid_event("not UTF-8 text").caused_by(cause))
 }
 
 /// The length of valid UTF-8 in UTF-16 units: one for each character, one more for each that needs four bytes.
@@ -91,6 +86,16 @@ fn wire(event: &Event) -> Result<String> {
 pub fn create_event(event_type: String, payload: String, meta: String) -> napi::Result<String> {
     let meta = (!meta.is_empty()).then_some(meta.as_bytes());
     new_event(&event_type, payload.into(), meta, usize::MAX).and_then(|event| wire(&event)).map_err(throw)
+}
+
+/// Ids for new events, 36 characters each, one after the other, newest first: the next is cut off the end.
+#[napi_derive::napi]
+pub fn new_ids(count: u32) -> String {
+    let mut ids = vec![0; 36 * count as usize];
+    for place in ids.rchunks_exact_mut(36) {
+        place.copy_from_slice(Meta::new(SystemTime::UNIX_EPOCH).id.as_bytes());
+    }
+    String::from_utf8(ids).unwrap_or_default()
 }
 
 /// The wire form of a child of the event with the wire form `parent`.

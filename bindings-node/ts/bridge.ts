@@ -28,8 +28,6 @@ const HEAD = 5
 const JOB = 9
 const CANCELLED = 3
 const FINISHED = 3
-/** Numbers for one event to publish: kind, and the lengths of type, payload, meta, options. */
-export const DRAFT = 5
 /** Nobody destroys it: spares the garbage collector a hook. */
 const MANUAL = { requireManualDestroy: true }
 const MOST_JOBS = 256

@@ -5,6 +5,7 @@
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { clearTimeout, setTimeout } from 'node:timers'
+import { Batch, type Draft, type PublishOptions } from './batch.js'
 import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
 import {
@@ -16,8 +17,8 @@ import {
   InvalidEvent,
   Unsupported,
 } from './errors.js'
-import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered, wireOf } from './event.js'
-import { describe, metaText, optionsText, payloadText } from './json.js'
+import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered } from './event.js'
+import { describe, describeValue, optionsText } from './json.js'
 import { native } from './native.js'
 import type { RetryPolicy } from './retry.js'
 import {
@@ -63,23 +64,6 @@ export interface BusOptions {
   maxEvents?: number
   /** Open a file on a network file system. Default false. */
   allowNetworkFs?: boolean
-}
-
-/** Options of one publish. */
-export interface PublishOptions {
-  /** Not delivered before this much time has passed. */
-  delayMs?: number
-  /** Not delivered after this much time has passed. */
-  expiresInMs?: number
-  /** Default the bus's mode. */
-  mode?: 'async' | 'sync'
-}
-
-/** An event for {@link Bus.publishMany}. */
-export interface Draft<T = any> extends Omit<PublishOptions, 'mode'> {
-  type: string
-  payload: T
-  meta?: MetaInput
 }
 
 /** Says that an event was accepted. */
@@ -393,17 +377,17 @@ export class Bus<E extends object = AnyEvents> {
     options?: PublishOptions,
   ): Promise<Receipt>
   async publish(first: string | Event, second?: unknown, meta?: MetaInput, options?: PublishOptions): Promise<Receipt> {
-    const batch = new Batch()
+    if (this.#late.size > 0) await Promise.all(this.#late)
+    const batch = Batch.empty()
     let schedule = ''
     if (!Event.isEvent(first)) {
       if (options !== undefined) schedule = optionsText(options, 'publish')
-      batch.add(first, payloadText(second), metaText(meta), schedule)
+      batch.add(first, second, meta, schedule)
     } else {
       if (second !== undefined) schedule = optionsText(second as object, 'publish')
       batch.addEvent(first, schedule)
     }
     const sync = isSync(schedule, this.#sync)
-    if (this.#late.size > 0) await Promise.all(this.#late)
     if (sync) return await this.#handle(batch)
     const [receipt] = JSON.parse(await this.#send(batch))
     return receipt
@@ -423,14 +407,17 @@ export class Bus<E extends object = AnyEvents> {
     return events.length === 0 ? [] : JSON.parse(await this.#send(Batch.of(events)))
   }
 
-  #send({ texts, lengths, count }: Batch): Promise<string> {
-    return run((key) => this.#native.publish(key, texts, Float64Array.from(lengths), count))
+  #send(batch: Batch): Promise<string> {
+    const sent = run((key) => this.#native.publish(key, batch.bytes, batch.lengths, batch.count))
+    batch.release() // the addon has read it
+    return sent
   }
 
   /** A synchronous publish: runs the matching handlers of this process, one after the other. */
-  async #handle({ texts, lengths }: Batch): Promise<Receipt> {
+  async #handle(batch: Batch): Promise<Receipt> {
     if (!this.#running && this.#registered.length > 0 && !this.#native.isClosed) await this.start()
-    const text = call(() => this.#native.matching(texts, Float64Array.from(lengths)))
+    const text = call(() => this.#native.matching(batch.bytes, batch.lengths))
+    batch.release()
     const [cut, names]: [Cut, string[]] = JSON.parse(text)
     for (const name of names) {
       const found = [...this.#live].find(({ runner }) => runner.name === name && runner.group !== '')
@@ -500,60 +487,6 @@ function dispose(this: Bus): Promise<void> {
   return this.close()
 }
 
-/** Events to publish: one string, and lengths. */
-class Batch {
-  texts = ''
-  readonly lengths: number[] = []
-  count = 0
-
-  static of(events: readonly (Event | Draft)[]): Batch {
-    const batch = new Batch()
-    const failures: { index: number; error: InvalidEvent }[] = []
-    events.forEach((event, index) => {
-      try {
-        batch.addAny(event)
-      } catch (error) {
-        if (!(error instanceof InvalidEvent)) throw error
-        failures.push({ index, error })
-      }
-    })
-    const [first] = failures
-    if (first === undefined) return batch
-    const message = `event ${first.index} of ${events.length}: ${first.error.message}; nothing was published`
-    throw new InvalidEvent(message, { failures })
-  }
-
-  addAny(event: Event | Draft): void {
-    if (Event.isEvent(event)) {
-      this.addEvent(event, '')
-      return
-    }
-    if (typeof event !== 'object' || event === null) throw new InvalidEvent(`${describeValue(event)} is not an event`)
-    const { type, payload, meta, ...options } = event
-    let schedule = ''
-    for (const _ in options) {
-      schedule = optionsText(options, 'publish')
-      break
-    }
-    this.add(type, payloadText(payload), metaText(meta), schedule)
-  }
-
-  add(type: unknown, payload: string, meta: string, schedule: string): void {
-    if (typeof type !== 'string')
-      throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(type)}`)
-    this.texts += type + payload + meta + schedule
-    this.lengths.push(0, type.length, payload.length, meta.length, schedule.length)
-    this.count++
-  }
-
-  addEvent(event: Event, schedule: string): void {
-    const wire = wireOf(event)
-    this.texts += wire + schedule
-    this.lengths.push(1, 0, wire.length, 0, schedule.length)
-    this.count++
-  }
-}
-
 /** Runs one handler of a synchronous publish, for as long as its timeout allows. */
 async function handleNow(runner: Runner, event: Received): Promise<void> {
   const context = new Context(runner, 0)
@@ -606,8 +539,4 @@ function checkTimeout(timeoutMs: unknown): void {
   if (!(typeof timeoutMs === 'number' && timeoutMs >= 0 && !Number.isNaN(timeoutMs))) {
     throw new InvalidConfig(`timeoutMs=${describeValue(timeoutMs)} is not valid; give milliseconds, at least 0`)
   }
-}
-
-function describeValue(value: unknown): string {
-  return typeof value === 'object' && value !== null ? (Array.isArray(value) ? 'an array' : 'an object') : String(value)
 }

@@ -5,15 +5,14 @@
  */
 import { native } from './native.js'
 
+export type { Draft, PublishOptions } from './batch.js'
 export type { Handler, HandlerContext, Logger } from './bridge.js'
 export {
   type AnyEvents,
   Bus,
   type BusOptions,
   type BusStats,
-  type Draft,
   type Guarantees,
-  type PublishOptions,
   type Receipt,
 } from './bus.js'
 export type { DeadLetter, DeadLetterFilter, DeadLetterPage, DeadLetters, DeadReason } from './dead-letters.js'

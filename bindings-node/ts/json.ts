@@ -153,6 +153,12 @@ export function optionsText(options: object | undefined | null, what: string): s
   })
 }
 
+/** What somebody passed where it does not belong, in a few words. */
+export function describeValue(value: unknown): string {
+  if (typeof value === 'object' && value !== null) return Array.isArray(value) ? 'an array' : 'an object'
+  return typeof value === 'function' ? 'a function' : String(value)
+}
+
 /** What was thrown, in words. Never throws, whatever it was. */
 export function describe(error: unknown): string {
   const { name, message } = failureOf(error)

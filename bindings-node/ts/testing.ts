@@ -6,17 +6,9 @@
 import { AssertionError } from 'node:assert'
 import { clearTimeout, setTimeout } from 'node:timers'
 import { inspect, isDeepStrictEqual } from 'node:util'
+import type { Draft, PublishOptions } from './batch.js'
 import { bridge, type Handler, run } from './bridge.js'
-import {
-  type AnyEvents,
-  Bus,
-  type BusOptions,
-  type Draft,
-  nativeOf,
-  type PublishOptions,
-  type Receipt,
-  type TypeOf,
-} from './bus.js'
+import { type AnyEvents, Bus, type BusOptions, nativeOf, type Receipt, type TypeOf } from './bus.js'
 import { call, InvalidConfig, RequestTimeout } from './errors.js'
 import { type Cut, type Event, type MetaInput, type Received, uncut } from './event.js'
 import type { Events, EventsOptions, SubscribeOptions } from './subscription.js'
