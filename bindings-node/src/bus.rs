@@ -36,7 +36,7 @@ pub struct NativeBus {
 }
 
 /// From so many events on, a publish is read on another thread: this one has handlers to run.
-const MANY: u32 = 64;
+const MANY: u32 = 512;
 
 impl NativeBus {
     fn start_with<F>(&self, key: u32, operation: impl FnOnce(Bus) -> F) -> napi::Result<Option<String>>
