@@ -48,8 +48,10 @@ fn too_large(what: &str, size: usize, limit: usize) -> Error {
 
 /// One pass over the bytes: parsers, and destructors of what they build, recurse; this does not.
 fn check_depth(json: &[u8], limit: usize) -> Result<()> {
-    // Too few brackets to nest that deep, as in nearly every payload: counting them is several times faster.
-    if json.iter().filter(|byte| matches!(byte, b'[' | b'{')).count() <= limit {
+    // Too few brackets to nest that deep, as in nearly every payload. Counting them, in sums that fit into a byte, lets
+    // the compiler look at many bytes at once.
+    let brackets = |part: &[u8]| usize::from(part.iter().map(|byte| u8::from(matches!(byte, b'[' | b'{'))).sum::<u8>());
+    if json.chunks(255).map(brackets).sum::<usize>() <= limit {
         return Ok(());
     }
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
