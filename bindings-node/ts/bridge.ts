@@ -334,18 +334,22 @@ export function isThenable(value: unknown): value is PromiseLike<unknown> {
 
 // The wake must not run in the context of whoever happened to use the bus first, such as a request.
 const atRoot = AsyncLocalStorage.snapshot()
-const registry = globalThis as { [key: symbol]: { version: string; bridge: Bridge } | undefined }
+const registry = globalThis as { [key: symbol]: Map<object, Bridge> | undefined }
 const REGISTRY = Symbol.for('polybus.v1')
 
-/** The bridge of this environment, made on first use. */
+/**
+ * The bridge of this environment, made on first use. A reloaded copy of this module finds the one there is; a second
+ * installation of the package has an addon of its own, whose objects this one must not touch.
+ */
 export function bridge(): Bridge {
-  const version = native.version()
-  let entry = registry[REGISTRY]
-  if (entry?.version !== version) {
-    entry = { version, bridge: atRoot(() => new Bridge()) }
-    registry[REGISTRY] = entry
+  registry[REGISTRY] ??= new Map()
+  const bridges = registry[REGISTRY]
+  let found = bridges.get(native)
+  if (found === undefined) {
+    found = atRoot(() => new Bridge())
+    bridges.set(native, found)
   }
-  return entry.bridge
+  return found
 }
 
 /** Awaits an operation; its failure becomes an error whose stack is the caller's. */

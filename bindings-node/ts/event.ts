@@ -115,7 +115,8 @@ export class Event<T = any> {
       event.#receivedAt = receivedAt
       return event as Received
     }
-    wireOf = (event) => event.#wire
+    // An event of another copy of this package keeps its text to itself.
+    wireOf = (event) => (#wire in event ? event.#wire : (event as Event).encode().toString())
     Object.defineProperty(Event.prototype, EVENT, { value: true })
   }
 
