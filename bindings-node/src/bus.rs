@@ -357,7 +357,7 @@ fn receipts_text(receipts: &[Receipt]) -> String {
         let comma = if index == 0 { "" } else { "," };
         let id = Value::from(&*receipt.id);
         // Writing into a String cannot fail.
-        let _ = match receipt.position {
+        let _ = match receipt.position.as_deref().map(Value::from) {
             Some(position) => write!(text, "{comma}{{\"id\":{id},\"position\":{position}}}"),
             None => write!(text, "{comma}{{\"id\":{id}}}"),
         };

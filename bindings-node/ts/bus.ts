@@ -56,12 +56,16 @@ export interface BusOptions {
   leaseMs?: number
   /** Longest wait of one publish. Default 10 000. */
   publishTimeoutMs?: number
-  /** How long an event is kept after every group finished it. Default 1 h. */
+  /** How long an event is kept after every group finished it. Default 1 h in a SQLite file, 1 min on Redis. */
   retentionMs?: number
   /** Events older than this are dropped even if a group has not finished them. Default none. */
   maxAgeMs?: number
   /** Most events kept, likewise. Default none. */
   maxEvents?: number
+  /** Where a publish to a server must have arrived before it returns. Default `memory`: in the server. */
+  confirm?: 'memory' | 'disk' | 'replica'
+  /** Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1. */
+  partitions?: number
   /** Open a file on a network file system. Default false. */
   allowNetworkFs?: boolean
 }
@@ -71,15 +75,15 @@ export interface Receipt {
   /** The event's id. */
   readonly id: string
   /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
-  readonly position?: number
+  readonly position?: string
 }
 
 /** What holds on the live store, as measured. */
 export interface Guarantees {
   readonly transport: string
   readonly delivery: 'at-least-once' | 'at-most-once'
-  /** What a confirmed publish survives: nothing, a killed process, power loss. */
-  readonly durability: 'none' | 'process' | 'disk'
+  /** What a confirmed publish survives: nothing, any process but the server, any killed process, power loss. */
+  readonly durability: 'none' | 'memory' | 'process' | 'disk'
   readonly ordering: string
   readonly details: Readonly<Record<string, string>>
   /** Settings that weaken the promise, each with what to do. */

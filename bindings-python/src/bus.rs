@@ -28,8 +28,8 @@ pub struct PyReceipt(Receipt);
 impl PyReceipt {
     #[new]
     #[pyo3(signature = (id, position=None))]
-    fn new(id: &str, position: Option<i64>) -> Self {
-        Self(Receipt { id: id.into(), position })
+    fn new(id: &str, position: Option<&str>) -> Self {
+        Self(Receipt { id: id.into(), position: position.map(Into::into) })
     }
 
     /// The event's id.
@@ -40,8 +40,8 @@ impl PyReceipt {
 
     /// Position in the transport's log; `None` while it is delayed.
     #[getter]
-    fn position(&self) -> Option<i64> {
-        self.0.position
+    fn position(&self) -> Option<&str> {
+        self.0.position.as_deref()
     }
 
     fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
@@ -49,7 +49,7 @@ impl PyReceipt {
     }
 
     fn __repr__(&self) -> String {
-        let position = self.0.position.map_or("None".to_owned(), |position| position.to_string());
+        let position = self.0.position.as_ref().map_or("None".to_owned(), |position| format!("{position:?}"));
         format!("Receipt(id={:?}, position={position})", self.0.id)
     }
 }

@@ -13,7 +13,7 @@ use polybus_core::delivery::{Body, Verdict};
 use polybus_core::event::{Event, EventType, Meta};
 use polybus_core::pattern::Pattern;
 use polybus_core::transport::{
-    Durability, GroupSpec, Outgoing, Settings, Settlement, Source, Start, Transport, connect,
+    Confirm, Durability, GroupSpec, Outgoing, Settings, Settlement, Source, Start, Transport, connect,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,9 +25,11 @@ async fn open(path: &Path, durability: Durability) -> Result<Arc<dyn Transport>>
     let settings = Settings {
         bus: "default".into(),
         durability,
-        retention: Duration::from_secs(3600),
+        retention: None,
         max_age: None,
         max_events: None,
+        confirm: Confirm::Memory,
+        partitions: None,
         max_payload_bytes: 1 << 20,
         clock: polybus_core::clock::Clock::default(),
         allow_network_fs: false,

@@ -334,6 +334,11 @@ impl Bus {
         (state.published.load(Ordering::Relaxed), state.publish_failed.load(Ordering::Relaxed))
     }
 
+    /// What happened to this process's hold on the store, by the names of metrics; nothing while it is not open.
+    pub fn transport_counts(&self) -> Vec<(&'static str, u64)> {
+        self.session().transport.get().map(|transport| transport.counts()).unwrap_or_default()
+    }
+
     /// Dead letters in order of their ids, those after the record `after`, at most `limit`.
     pub async fn dead_letters(
         &self,

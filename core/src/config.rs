@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 15] = [
+const OPTIONS: [(&str, Kind); 17] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -47,6 +47,8 @@ const OPTIONS: [(&str, Kind); 15] = [
     ("retention", Kind::Duration),
     ("max_age", Kind::Duration),
     ("max_events", Kind::Number),
+    ("confirm", Kind::Text),
+    ("partitions", Kind::Number),
     ("allow_network_fs", Kind::Flag),
 ];
 
@@ -295,7 +297,7 @@ mod tests {
             assert_eq!(config.url.as_deref(), Some("sqlite:///db.db"));
             let options = options(&config);
             assert!(options.fail_open);
-            assert_eq!((options.retention, options.retry.max_retries), (Duration::from_secs(7200), 1));
+            assert_eq!((options.retention, options.retry.max_retries), (Some(Duration::from_secs(7200)), 1));
         }
         let broken = folder.join("b.yaml");
         std::fs::write(&broken, "service: [").unwrap();

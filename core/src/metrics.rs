@@ -35,6 +35,10 @@ pub fn render(bus: &Bus) -> String {
         head(&mut out, name, "counter", help);
         let _ = writeln!(out, "polybus_{name}{{{labels}}} {value}");
     }
+    for (name, value) in bus.transport_counts() {
+        head(&mut out, name, "counter", "Of this process's hold on the store; see docs/redis.md.");
+        let _ = writeln!(out, "polybus_{name}{{{labels}}} {value}");
+    }
     let subscriptions = bus.subscriptions();
     for (name, kind, help, counter, unit) in ROWS {
         head(&mut out, name, kind, help);

@@ -14,7 +14,7 @@ use crate::error::{Error, Result, nearest};
 use crate::event::Text;
 use crate::pattern::Pattern;
 use crate::retry::{Jitter, RetryPolicy};
-use crate::transport::{Durability, Settings, Start};
+use crate::transport::{Confirm, Durability, Settings, Start};
 
 /// Whose names a message uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -77,12 +77,18 @@ pub struct BusOptions {
     pub lease: Duration,
     /// Longest wait of one publish. Default 10 s.
     pub publish_timeout: Duration,
-    /// How long an event stays in the log after every group finished it. Default 1 h.
-    pub retention: Duration,
+    /// How long an event stays in the log after every group finished it. Default what the transport says: 1 h in a
+    /// SQLite file, 1 min in the memory of a Redis server.
+    pub retention: Option<Duration>,
     /// Events older than this are dropped even if a group has not finished them. Default none.
     pub max_age: Option<Duration>,
     /// Most events kept, likewise. Default none.
     pub max_events: Option<u64>,
+    /// Where a publish must have arrived before it returns, on servers. Default [`Confirm::Memory`].
+    pub confirm: Confirm,
+    /// Parts that the log is split into, by partition key; fixed when the bus is made on a server. Default what the bus
+    /// has, 1 for a new one.
+    pub partitions: Option<u32>,
     /// Open a file on a network file system. Default false.
     pub allow_network_fs: bool,
     /// Time stands still until the test kit moves it. Default false.
@@ -104,9 +110,11 @@ impl BusOptions {
             durability: Durability::Warn,
             lease: Duration::from_secs(30),
             publish_timeout: Duration::from_secs(10),
-            retention: Duration::from_secs(3600),
+            retention: None,
             max_age: None,
             max_events: None,
+            confirm: Confirm::Memory,
+            partitions: None,
             allow_network_fs: false,
             virtual_clock: false,
         }
@@ -135,9 +143,11 @@ impl BusOptions {
             publish_timeout: from
                 .duration("publish_timeout_ms", Duration::from_millis(1))?
                 .unwrap_or(base.publish_timeout),
-            retention: from.duration("retention_ms", Duration::ZERO)?.unwrap_or(base.retention),
+            retention: from.duration("retention_ms", Duration::ZERO)?,
             max_age: from.duration("max_age_ms", Duration::from_millis(1))?,
             max_events: from.integer("max_events", 1..=u64::MAX)?,
+            confirm: from.word("confirm", &CONFIRMS)?.unwrap_or_default(),
+            partitions: from.integer("partitions", 1..=256)?.map(|n| n as u32),
             allow_network_fs: from.boolean("allow_network_fs")?.unwrap_or(false),
             virtual_clock: from.boolean("virtual_clock")?.unwrap_or(false),
             service: base.service,
@@ -153,6 +163,8 @@ impl BusOptions {
             retention: self.retention,
             max_age: self.max_age,
             max_events: self.max_events,
+            confirm: self.confirm,
+            partitions: self.partitions,
             max_payload_bytes: self.max_payload_bytes,
             clock,
             allow_network_fs: self.allow_network_fs,
@@ -161,6 +173,9 @@ impl BusOptions {
 }
 
 const MODES: [(&str, Mode); 2] = [("async", Mode::Async), ("sync", Mode::Sync)];
+
+const CONFIRMS: [(&str, Confirm); 3] =
+    [("memory", Confirm::Memory), ("disk", Confirm::Disk), ("replica", Confirm::Replica)];
 
 const DURABILITIES: [(&str, Durability); 5] = [
     ("warn", Durability::Warn),

@@ -116,7 +116,7 @@ impl Process {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads)
             .thread_name("polybus")
-            .enable_time()
+            .enable_all()
             .build()
             .expect("polybus: the operating system refused to start a thread");
         let leases = LeaseKeeper::new(runtime.handle().clone());

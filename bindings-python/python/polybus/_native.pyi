@@ -199,12 +199,12 @@ class RetryPolicy:
 class Receipt:
     """Says that an event was accepted."""
 
-    def __new__(cls, id: str, position: int | None = None) -> Self: ...
+    def __new__(cls, id: str, position: str | None = None) -> Self: ...
     @property
     def id(self) -> str:
         """The event's id."""
     @property
-    def position(self) -> int | None:
+    def position(self) -> str | None:
         """Position in the transport's log; `None` while it is delayed."""
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...

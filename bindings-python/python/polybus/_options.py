@@ -44,11 +44,15 @@ class BusOptions(TypedDict, total=False):
     publish_timeout: Seconds
     """Longest wait of one publish. Default 10."""
     retention: Seconds
-    """How long an event is kept after every group has finished it. Default one hour."""
+    """How long an event is kept after every group has finished it. Default: 1 hour in a SQLite file, 1 minute on Redis."""
     max_age: Seconds
     """Drop events older than this, finished or not. Default: never."""
     max_events: int
     """Drop the oldest events beyond this number, finished or not. Default: never."""
+    confirm: Literal["memory", "disk", "replica"]
+    """Where a publish to a server must have arrived before it returns. Default ``memory``: in the server."""
+    partitions: int
+    """Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1."""
     allow_network_fs: bool
     """Open a file on a network file system, which may break its locks. Default false."""
     logger: logging.Logger | logging.LoggerAdapter[Any]

@@ -11,11 +11,12 @@ class Guarantees:
     """What holds on the live store, as measured, not as hoped."""
 
     transport: str
-    """``memory`` or ``sqlite``."""
+    """``memory``, ``sqlite``, ``redis`` or ``redis+pubsub``."""
     delivery: str
     """``at-least-once`` or ``at-most-once``."""
     durability: str
-    """What a confirmed publish survives: ``none`` (this process), ``process`` (a kill), ``disk`` (a power loss)."""
+    """What a confirmed publish survives: ``none`` (lost with this process), ``memory`` (our processes, not the server),
+    ``process`` (any killed process), ``disk`` (a power loss)."""
     ordering: str
     """Order within one group: ``publish`` for first attempts."""
     durable: bool

@@ -5,7 +5,9 @@
 //! worked example; `docs/transports.md` says how to add one.
 
 pub mod memory;
+pub mod redis;
 pub mod sqlite;
+mod time;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -45,11 +47,12 @@ pub struct Capabilities {
 /// What holds on the live store, as measured, not as hoped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guarantees {
-    /// `memory` or `sqlite`.
+    /// `memory`, `sqlite`, `redis` or `redis+pubsub`.
     pub transport: &'static str,
     /// `at-least-once` or `at-most-once`.
     pub delivery: &'static str,
-    /// What a confirmed publish survives: `none` (this process), `process` (a killed process), `disk` (power loss).
+    /// What a confirmed publish survives: `none` (lost with this process), `memory` (our processes, not the server),
+    /// `process` (any killed process, the server included), `disk` (power loss).
     pub durability: &'static str,
     /// Order within one group: `publish` for first attempts.
     pub ordering: &'static str,
@@ -75,8 +78,8 @@ pub struct Outgoing {
 pub struct Receipt {
     /// The event's id.
     pub id: Text,
-    /// Position in the transport's log; `None` while it is delayed.
-    pub position: Option<i64>,
+    /// Position in the transport's log, as it writes it; `None` while it is delayed.
+    pub position: Option<Text>,
 }
 
 /// Where a group that does not exist yet begins.
@@ -181,6 +184,11 @@ pub trait Transport: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(Error::unsupported("only a test bus can wait until it is idle"))))
     }
 
+    /// What happened to this hold on the store, by the names of metrics: losses of the connection and the like.
+    fn counts(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Flushes what was accepted, closes every source and releases the store. Idempotent.
     fn close(&self) -> Task<()>;
 }
@@ -209,12 +217,16 @@ pub struct Settings {
     pub bus: Text,
     /// `full`, `normal`, or what the transport thinks best.
     pub durability: Durability,
-    /// How long an event stays in the log after every group finished it.
-    pub retention: Duration,
+    /// How long an event stays in the log after every group finished it; `None`: what suits the transport.
+    pub retention: Option<Duration>,
     /// The user's own limit: events older than this are dropped even if a group has not finished them, and counted.
     pub max_age: Option<Duration>,
     /// The user's own limit on the number of events kept, likewise.
     pub max_events: Option<u64>,
+    /// Where a publish must have arrived before it returns.
+    pub confirm: Confirm,
+    /// Parts that the log is split into; `None`: what the bus has, or 1.
+    pub partitions: Option<u32>,
     /// Largest payload accepted, in bytes, on publish and on consume.
     pub max_payload_bytes: usize,
     /// Where time comes from; only the memory transport obeys a stopped clock.
@@ -239,14 +251,28 @@ pub enum Durability {
     Normal,
 }
 
+/// Where a publish must have arrived before it returns. A store that cannot tell refuses with `Unsupported`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Confirm {
+    /// In the store, as safe as the store's own settings make it.
+    #[default]
+    Memory,
+    /// On the store's disk.
+    Disk,
+    /// In at least one replica.
+    Replica,
+}
+
 /// Schemes that [`connect`] knows.
-pub const SCHEMES: [&str; 2] = ["memory", "sqlite"];
+pub const SCHEMES: [&str; 7] =
+    ["memory", "sqlite", "redis", "rediss", "redis+sentinel", "redis+cluster", "redis+pubsub"];
 
 /// Checks `url` without opening anything.
 pub fn check_url(url: &str) -> Result<()> {
     let (scheme, rest) = split(url)?;
     match scheme {
         "memory" => memory::check_name(rest),
+        _ if scheme.starts_with("redis") => redis::check(scheme, rest),
         _ => sqlite::path_of(rest).map(drop),
     }
 }
@@ -257,6 +283,8 @@ pub fn connect(url: &str, settings: Settings) -> Task<Result<Arc<dyn Transport>>
     Box::pin(async move {
         match split(&url)? {
             ("memory", name) => memory::open(name, &settings),
+            ("redis+pubsub", rest) => redis::open_pubsub(rest, settings).await,
+            (scheme, rest) if scheme.starts_with("redis") => redis::open(scheme, rest, settings).await,
             (_, rest) => sqlite::open(sqlite::path_of(rest)?, settings).await,
         }
     })

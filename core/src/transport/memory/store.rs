@@ -259,7 +259,7 @@ impl State {
             }
             _ => {
                 self.route(position, outgoing, now);
-                Receipt { id, position: Some(position) }
+                Receipt { id, position: Some(position.to_string().into()) }
             }
         }
     }

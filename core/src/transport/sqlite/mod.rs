@@ -55,6 +55,9 @@ pub(super) use self::file::path_of;
 /// Longest time that a caller may wait, so that adding it to a clock cannot overflow.
 const FOR_EVER: Duration = Duration::from_secs(86_400 * 365);
 
+/// How long finished events stay unless the user says otherwise: disks are large.
+const RETENTION: Duration = Duration::from_secs(3600);
+
 struct Sqlite {
     shared: Arc<Shared>,
 }
@@ -85,8 +88,8 @@ impl Shared {
                 return Err(cause);
             }
         };
-        let limits =
-            Limits { bus, retention: settings.retention, max_age: settings.max_age, max_events: settings.max_events };
+        let retention = settings.retention.unwrap_or(RETENTION);
+        let limits = Limits { bus, retention, max_age: settings.max_age, max_events: settings.max_events };
         store.limits().lock().unwrap_or_else(PoisonError::into_inner).push(limits.clone());
         let shared = Self { store, bus, settings, limits, sources: Mutex::default(), closed: AtomicBool::new(false) };
         Ok(Arc::new(Sqlite { shared: Arc::new(shared) }))

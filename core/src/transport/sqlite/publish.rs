@@ -61,7 +61,7 @@ pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Rece
                 None
             }
         };
-        receipts.push(Receipt { id: row.id.clone(), position });
+        receipts.push(Receipt { id: row.id.clone(), position: position.map(|at| at.to_string().into()) });
     }
     Ok(receipts)
 }

@@ -1,0 +1,179 @@
+//! Groups: joining, counting, deleting.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::Value;
+use serde_json::json;
+
+use super::fault::strange;
+use super::member;
+use super::partition::Partition;
+use super::scripts;
+use super::value::{self, Id};
+use crate::error::{Error, Result};
+use crate::event::Text;
+use crate::pattern::Pattern;
+use crate::transport::{GroupSpec, GroupStats, Start, time};
+
+/// Entries that one step of counting looks at.
+const COUNT: usize = 2_000;
+
+/// Makes the group if it is new, and says up to where it was given the log. With `cursor`: again, because the server may
+/// have lost it; `NotFound` when it was deleted on purpose.
+pub(super) async fn join(partition: &Partition, spec: &GroupSpec, cursor: Option<Id>) -> Result<Id> {
+    let keys = &partition.keys;
+    let start = match spec.start {
+        Start::New => "$".to_owned(),
+        Start::Beginning => "0".to_owned(),
+        // The server gives what comes after the id.
+        Start::At(at) => match time::to_ms(at) {
+            0 => "0".to_owned(),
+            ms => format!("{}-{}", ms - 1, u64::MAX),
+        },
+    };
+    let facts = json!({
+        "pattern": spec.pattern.as_str(), "service": &*spec.service, "subscription": &*spec.subscription, "start": start,
+    });
+    let fresh = format!("{:016x}", fastrand::u64(..));
+    let known = if cursor.is_some() { partition.epoch() } else { String::new() };
+    let mut command = scripts::JOIN.call(&[&keys.events, &keys.groups, &keys.meta, &keys.bell]);
+    command.arg(&*spec.group).arg(facts.to_string()).arg(start).arg(fresh).arg(known);
+    command.arg(cursor.map_or(String::new(), |cursor| cursor.to_string()));
+    let mut answer = match partition.work.script(&scripts::JOIN, &command, partition.patience()).await? {
+        Value::Array(answer) => answer.into_iter(),
+        _ => return Err(member::deleted(&spec.group)),
+    };
+    match (answer.next(), answer.next(), answer.next(), answer.next()) {
+        (Some(epoch), Some(version), Some(delivered), Some(now)) => {
+            partition.joined(value::text(epoch)?, value::number(version)?, value::number(now)?);
+            value::id(delivered)
+        }
+        _ => Err(strange("a short join")),
+    }
+}
+
+/// The pattern in a group's facts.
+pub(super) fn pattern(facts: &str) -> Result<Pattern> {
+    let facts: serde_json::Value = serde_json::from_str(facts).map_err(|_| strange("facts of a group"))?;
+    Pattern::new(facts["pattern"].as_str().unwrap_or_default())
+}
+
+/// The names of all groups of the bus.
+pub(super) async fn names(partitions: &[Arc<Partition>]) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for partition in partitions {
+        let mut ask = redis::cmd("HKEYS");
+        ask.arg(&partition.keys.groups);
+        for name in value::list(partition.work.run(&ask, partition.patience()).await?)? {
+            names.insert(value::text(name)?);
+        }
+    }
+    Ok(names)
+}
+
+/// Counts over all partitions.
+pub(super) async fn stats(partitions: &[Arc<Partition>], group: &Text) -> Result<GroupStats> {
+    let mut total = None;
+    for partition in partitions {
+        let Some(part) = partition_stats(partition, group).await? else { continue };
+        let sum: &mut GroupStats = total.get_or_insert_default();
+        sum.lag += part.lag;
+        sum.in_flight += part.in_flight;
+        sum.retrying += part.retrying;
+        sum.dead += part.dead;
+        sum.expired += part.expired;
+        sum.oldest = sum.oldest.max(part.oldest);
+    }
+    total.ok_or_else(|| Error::not_found(format!("there is no group {group:?} on this bus")))
+}
+
+async fn partition_stats(partition: &Partition, group: &Text) -> Result<Option<GroupStats>> {
+    let (keys, own) = (&partition.keys, partition.keys.group(group));
+    let mut command =
+        scripts::STATS.call(&[&keys.events, &keys.groups, &keys.counts, &own.retry, &own.held, &own.work, &own.dead]);
+    command.arg(&**group);
+    let answer = partition.work.script(&scripts::STATS, &command, partition.patience()).await?;
+    if answer == Value::Nil {
+        return Ok(None);
+    }
+    let mut facts = value::list(answer)?.into_iter();
+    let mut next = || facts.next().ok_or_else(|| strange("short statistics"));
+    let pattern = pattern(&value::text(next()?)?)?;
+    let now = value::number(next()?)?;
+    let delivered = value::text(next()?)?;
+    let mut count = || value::number(next()?);
+    let (leased, waiting, dead, expired, oldest) = (count()?, count()?, count()?, count()?, count()?);
+    let (lag, first) = lag(partition, &pattern, delivered).await?;
+    let oldest = [(oldest >= 0).then_some(oldest), first].into_iter().flatten().min();
+    Ok(Some(GroupStats {
+        lag,
+        in_flight: leased.unsigned_abs(),
+        retrying: waiting.unsigned_abs(),
+        dead: dead.unsigned_abs(),
+        expired: expired.unsigned_abs(),
+        oldest: oldest.map(|at| Duration::from_millis((now - at).max(0).unsigned_abs())),
+    }))
+}
+
+/// Entries after `from` that the pattern wants, counted one by one because the server's own number is wrong after the log
+/// was trimmed; and the time of the first, in milliseconds.
+async fn lag(partition: &Partition, pattern: &Pattern, mut from: String) -> Result<(u64, Option<i64>)> {
+    let (mut lag, mut oldest) = (0, None);
+    loop {
+        let (next, counts) = types(partition, &from, "+").await?;
+        for (event_type, count, first) in counts {
+            if pattern.matches(&event_type) {
+                lag += count;
+                oldest = Some(oldest.map_or(first, |known: i64| known.min(first)));
+            }
+        }
+        match next {
+            Some(next) => from = next,
+            None => return Ok((lag, oldest)),
+        }
+    }
+}
+
+/// How often each type stands after `from` and up to `to`, in one step; where the next step begins.
+#[expect(clippy::type_complexity, reason = "read in two places")]
+pub(super) async fn types(
+    partition: &Partition,
+    from: &str,
+    to: &str,
+) -> Result<(Option<String>, Vec<(String, u64, i64)>)> {
+    let mut command = scripts::TYPES.call(&[&partition.keys.events]);
+    command.arg(from).arg(to).arg(COUNT);
+    let answer = partition.work.script(&scripts::TYPES, &command, partition.patience()).await?;
+    let mut facts = value::list(answer)?.into_iter();
+    let next = facts.next().map(value::text).transpose()?.filter(|next| !next.is_empty());
+    let mut counts = Vec::new();
+    while let (Some(event_type), Some(count), Some(first)) = (facts.next(), facts.next(), facts.next()) {
+        counts.push((value::text(event_type)?, value::number(count)?.unsigned_abs(), value::number(first)?));
+    }
+    Ok((next, counts))
+}
+
+/// Forgets the group everywhere.
+pub(super) async fn delete(partitions: &[Arc<Partition>], group: &str) -> Result<bool> {
+    let mut existed = false;
+    for partition in partitions {
+        let (keys, own) = (&partition.keys, partition.keys.group(group));
+        let mut command = scripts::DELETE.call(&[
+            &keys.events,
+            &keys.groups,
+            &keys.counts,
+            &keys.meta,
+            &keys.bell,
+            &own.retry,
+            &own.held,
+            &own.work,
+            &own.dead,
+        ]);
+        command.arg(group);
+        let answer = partition.work.script(&scripts::DELETE, &command, partition.patience()).await?;
+        existed |= value::number(answer)? == 1;
+    }
+    Ok(existed)
+}

@@ -1,0 +1,144 @@
+//! What one subscription holds in this process, over all partitions: deliveries that were taken, and the right to settle
+//! them.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::partition::lock;
+use super::value::Id;
+use crate::codec;
+use crate::delivery::{Body, Delivery, Lease};
+use crate::event::Text;
+use crate::transport::time;
+
+/// Where the server keeps a delivery that we hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In the group's pending list; fenced by the delivery count.
+    Pending { id: Id, count: u64 },
+    /// In the group's own store of work; fenced by a token.
+    Work { id: Text, token: Text },
+}
+
+/// One delivery that we hold.
+#[derive(Debug, Clone)]
+pub(super) struct Held {
+    /// Index of the partition.
+    pub partition: usize,
+    pub place: Place,
+    pub event_type: Bytes,
+    pub event: Bytes,
+    pub attempt: u32,
+    /// Milliseconds of the server's clock.
+    pub first_failed: Option<i64>,
+    /// By our boot clock: until then nobody else can have taken it.
+    pub until: i64,
+}
+
+/// Shared by the members of a subscription.
+#[derive(Default)]
+pub(super) struct Hold {
+    held: Mutex<HashMap<i64, Held, ahash::RandomState>>,
+    ready: Mutex<VecDeque<Delivery>>,
+    /// Settled by a call that failed for other deliveries and will be repeated.
+    settled: Mutex<HashSet<i64>>,
+    next: AtomicI64,
+    pub arrived: Notify,
+}
+
+impl Hold {
+    /// Keeps a delivery for the next `take`.
+    pub fn add(&self, mut held: Held, max_payload: usize, codec_name: Option<&[u8]>) {
+        let position = self.next.fetch_add(1, Ordering::Relaxed);
+        let body = decode(&held.event, max_payload, codec_name);
+        if let (true, Body::Event(event)) = (held.event_type.is_empty(), &body) {
+            held.event_type = Bytes::copy_from_slice(event.event_type.as_str().as_bytes());
+        }
+        let delivery = Delivery {
+            body,
+            lease: Lease { position, token: 1 },
+            attempt: held.attempt,
+            redelivered: held.attempt > 1 || matches!(held.place, Place::Work { .. }),
+            received_at: SystemTime::now(),
+            first_failed_at: held.first_failed.map(time::from_ms),
+        };
+        lock(&self.held).insert(position, held);
+        lock(&self.ready).push_back(delivery);
+    }
+
+    pub fn ready(&self, max: usize) -> Vec<Delivery> {
+        let mut ready = lock(&self.ready);
+        let count = ready.len().min(max);
+        ready.drain(..count).collect()
+    }
+
+    pub fn has_ready(&self) -> bool {
+        !lock(&self.ready).is_empty()
+    }
+
+    pub fn get(&self, lease: Lease) -> Option<Held> {
+        lock(&self.held).get(&lease.position).cloned()
+    }
+
+    /// It is settled, or somebody else's.
+    pub fn remove(&self, lease: Lease) -> Option<Held> {
+        lock(&self.held).remove(&lease.position)
+    }
+
+    pub fn remember_settled(&self, lease: Lease) {
+        lock(&self.settled).insert(lease.position);
+    }
+
+    pub fn was_settled(&self, lease: Lease) -> bool {
+        lock(&self.settled).remove(&lease.position)
+    }
+
+    /// Everything held in one partition.
+    pub fn in_partition(&self, partition: usize) -> Vec<(Lease, Place)> {
+        let held = lock(&self.held);
+        let ours = held.iter().filter(|(_, held)| held.partition == partition);
+        ours.map(|(position, held)| (Lease { position: *position, token: 1 }, held.place.clone())).collect()
+    }
+
+    pub fn all(&self) -> Vec<Lease> {
+        lock(&self.held).keys().map(|position| Lease { position: *position, token: 1 }).collect()
+    }
+
+    pub fn holds_entry(&self, partition: usize, entry: Id) -> bool {
+        lock(&self.held)
+            .values()
+            .any(|held| held.partition == partition && matches!(held.place, Place::Pending { id, .. } if id == entry))
+    }
+
+    /// The heartbeat of these succeeded; it was sent when `until` was one lease away.
+    pub fn renew(&self, leases: impl Iterator<Item = Lease>, until: i64) {
+        let mut held = lock(&self.held);
+        for lease in leases {
+            if let Some(held) = held.get_mut(&lease.position) {
+                held.until = until;
+            }
+        }
+    }
+
+    /// Nothing of what waits here was seen by a handler: it is given back with the rest.
+    pub fn clear_ready(&self) {
+        lock(&self.ready).clear();
+    }
+}
+
+/// The event in `raw`, or why it is none.
+pub(super) fn decode(raw: &Bytes, max_payload: usize, codec_name: Option<&[u8]>) -> Body {
+    let unknown = codec_name.map(|name| {
+        let name = String::from_utf8_lossy(name);
+        format!("the event is written with the codec {name:?}, which this version of polybus does not know; update it")
+    });
+    match unknown.map_or_else(|| codec::decode(raw, max_payload).map_err(|cause| cause.to_string()), Err) {
+        Ok(event) => Body::Event(event),
+        Err(reason) => Body::Undecodable { raw: raw.clone(), reason },
+    }
+}

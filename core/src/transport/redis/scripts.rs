@@ -1,0 +1,67 @@
+//! The scripts that run inside the server, each one atomic step. Each file opens with its keys, arguments and answer.
+//!
+//! Numbers are milliseconds of the server's clock. A script is sent once by its text and then named by its digest; a
+//! server that does not know it (it was restarted, or another one took over) says so and gets the text.
+
+use std::sync::LazyLock;
+
+use redis::Cmd;
+
+pub(super) struct Script {
+    pub text: &'static str,
+    digest: String,
+}
+
+impl Script {
+    fn new(text: &'static str) -> Self {
+        Self { text, digest: sha1_smol::Sha1::from(text).hexdigest() }
+    }
+
+    /// The call, by digest.
+    pub fn call(&self, keys: &[&str]) -> Cmd {
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(&self.digest).arg(keys.len()).arg(keys);
+        command
+    }
+
+    /// The call, by text: for where an unknown digest could not be repaired, as inside a transaction.
+    pub fn call_by_text(&self, keys: &[&str]) -> Cmd {
+        let mut command = redis::cmd("EVAL");
+        command.arg(self.text).arg(keys.len()).arg(keys);
+        command
+    }
+}
+
+macro_rules! scripts {
+    ($($name:ident = $file:literal),* $(,)?) => {$(
+        pub(super) static $name: LazyLock<Script> =
+            LazyLock::new(|| Script::new(include_str!(concat!("scripts/", $file, ".lua"))));
+    )*
+
+        /// Makes the server know all scripts.
+        pub(super) fn load() -> redis::Pipeline {
+            let mut load = redis::Pipeline::new();
+            $(load.cmd("SCRIPT").arg("LOAD").arg($name.text);)*
+            load
+        }
+    };
+}
+
+scripts! {
+    JOIN = "join",
+    PULSE = "pulse",
+    DUE = "due",
+    SETTLE = "settle",
+    HEARTBEAT = "heartbeat",
+    CLAIM = "claim",
+    SKIP = "skip",
+    LATER = "later",
+    PROMOTE = "promote",
+    REPLAY = "replay",
+    FORGET = "forget",
+    DELETE = "delete",
+    TRIM = "trim",
+    DROP = "drop",
+    STATS = "stats",
+    TYPES = "types",
+}

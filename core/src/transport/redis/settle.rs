@@ -1,0 +1,146 @@
+//! Ending leases, keeping them, and giving all of them back.
+//!
+//! A handled delivery whose lease cannot have been lost yet is acknowledged by a plain XACK, many in one command: nobody
+//! else may take it before the lease has run out by the server's clock, and we counted from before the read was sent.
+//! Everything else goes through the script `settle`, which looks before it acts. (A plain XACK that comes too late all
+//! the same loses nothing: the event *was* handled, and the other's acknowledgement will find nothing.)
+
+use redis::{Cmd, Pipeline};
+
+use super::fault::{self, Failure};
+use super::hold::{Held, Place};
+use super::member::Member;
+use super::scripts;
+use super::value;
+use crate::delivery::{Failure as HandlerFailure, Lease, Verdict};
+use crate::error::Result;
+use crate::transport::{Settlement, time};
+
+/// Before the end of a lease, time in which the plain way is not taken any more.
+const MARGIN: i64 = 200;
+
+impl Member {
+    /// Settles what is held in this partition. Returns the leases that were not ours any more.
+    pub(super) async fn settle(&self, batch: Vec<(Lease, Held, Verdict)>) -> Result<Vec<Lease>, Failure> {
+        let safe_until = time::boot_ms() + MARGIN;
+        let (mut plain, mut fenced, mut ack) = (Vec::new(), Vec::new(), redis::cmd("XACK"));
+        ack.arg(&self.partition.keys.events).arg(&*self.group);
+        for (lease, held, verdict) in batch {
+            match (&held.place, &verdict) {
+                (Place::Pending { id, .. }, Verdict::Ack) if held.until > safe_until => {
+                    ack.arg(id.to_string());
+                    plain.push(lease);
+                }
+                _ => fenced.push((lease, held, verdict)),
+            }
+        }
+        let mut commands = Pipeline::new();
+        commands.ignore_errors();
+        if !plain.is_empty() {
+            commands.add_command(ack);
+        }
+        let script = (!fenced.is_empty()).then(|| self.settle_command(&fenced));
+        if let Some(script) = &script {
+            commands.add_command(script.clone());
+        }
+        let mut answers = self.partition.work.run_all(&commands, self.partition.patience()).await?.into_iter();
+        let mut answer = || answers.next().map_or(Ok(redis::Value::Nil), fault::check);
+        let mut lost = Vec::new();
+        if !plain.is_empty() {
+            let acked = usize::try_from(value::number(answer()?)?).unwrap_or(0);
+            // The server says how many it did not know, not which: the number is what is reported.
+            lost.extend(plain.iter().skip(acked));
+            self.done(&plain);
+        }
+        if let Some(script) = script {
+            let answer = match answer() {
+                Err(failure) if failure.no_script => {
+                    self.partition.work.script(&scripts::SETTLE, &script, self.partition.patience()).await?
+                }
+                other => other?,
+            };
+            for index in value::list(answer)? {
+                let index = usize::try_from(value::number(index)?).unwrap_or(usize::MAX);
+                lost.extend(fenced.get(index).map(|(lease, ..)| *lease));
+            }
+            self.done(&fenced.iter().map(|(lease, ..)| *lease).collect::<Vec<_>>());
+            let retries = fenced.iter().filter_map(|(_, _, verdict)| match verdict {
+                Verdict::Retry { after, .. } => Some(time::millis(*after)),
+                Verdict::Release => Some(0),
+                _ => None,
+            });
+            if let Some(after) = retries.min() {
+                self.due_at(self.partition.now().saturating_add(after));
+            }
+        }
+        Ok(lost)
+    }
+
+    fn done(&self, leases: &[Lease]) {
+        leases.iter().for_each(|lease| drop(self.hold.remove(*lease)));
+    }
+
+    fn settle_command(&self, fenced: &[(Lease, Held, Verdict)]) -> Cmd {
+        let (keys, own) = (&self.partition.keys, &self.keys);
+        let mut command =
+            scripts::SETTLE.call(&[&keys.events, &own.retry, &own.held, &own.work, &own.dead, &keys.bell]);
+        command.arg(&*self.group).arg(&self.consumer).arg(self.subscription());
+        let none = HandlerFailure::default();
+        for (_, held, verdict) in fenced {
+            match &held.place {
+                Place::Pending { id, count } => command.arg("p").arg(id.to_string()).arg(count.to_string()),
+                Place::Work { id, token } => command.arg("w").arg(&**id).arg(&**token),
+            };
+            let (letter, delay, attempt, reason, failure) = match verdict {
+                Verdict::Ack => ("a", 0, held.attempt, "", &none),
+                Verdict::Retry { after, failure } => ("r", time::millis(*after), held.attempt, "", failure),
+                Verdict::Release => ("b", 0, held.attempt.saturating_sub(1), "", &none),
+                Verdict::DeadLetter { reason, failure } => ("d", 0, held.attempt, reason.as_str(), failure),
+            };
+            command.arg(letter).arg(delay).arg(attempt);
+            command.arg(held.first_failed.map_or(String::new(), |at| at.to_string()));
+            // What lies in the store of work has its event there; an acknowledgement needs none.
+            let copies = matches!(held.place, Place::Pending { .. }) && !matches!(verdict, Verdict::Ack);
+            let event: &[u8] = if copies { &held.event } else { b"" };
+            command.arg(&held.event_type[..]).arg(event).arg(reason);
+            command.arg(&failure.kind).arg(&failure.message).arg(&failure.stack);
+        }
+        command
+    }
+
+    /// Keeps everything held in this partition for another lease; forgets what was lost.
+    pub(super) async fn heartbeat(&self) -> Result<(), Failure> {
+        let held = self.hold.in_partition(self.index);
+        if held.is_empty() {
+            return Ok(());
+        }
+        let keys = &self.partition.keys;
+        let mut command = scripts::HEARTBEAT.call(&[&keys.events, &self.keys.held, &self.keys.work]);
+        command.arg(&*self.group).arg(&self.consumer).arg(self.lease);
+        for (_, place) in &held {
+            match place {
+                Place::Pending { id, count } => command.arg("p").arg(id.to_string()).arg(count.to_string()),
+                Place::Work { id, token } => command.arg("w").arg(&**id).arg(&**token),
+            };
+        }
+        let sent = time::boot_ms();
+        let answer = self.partition.work.script(&scripts::HEARTBEAT, &command, self.partition.patience()).await?;
+        let mut kept = vec![true; held.len()];
+        for index in value::list(answer)? {
+            let index = usize::try_from(value::number(index)?).unwrap_or(usize::MAX);
+            if let Some(kept) = kept.get_mut(index) {
+                *kept = false;
+            }
+        }
+        let (ours, lost): (Vec<_>, Vec<_>) = held.into_iter().zip(kept).partition(|(_, kept)| *kept);
+        self.hold.renew(ours.into_iter().map(|((lease, _), _)| lease), sent + self.lease);
+        // Settled while the heartbeat was under way: no loss, and already removed.
+        lost.into_iter().for_each(|((lease, _), _)| drop(self.hold.remove(lease)));
+        Ok(())
+    }
+}
+
+/// Gives back everything of `leases`: for the end of a subscription.
+pub(super) fn releases(leases: impl IntoIterator<Item = Lease>) -> Vec<Settlement> {
+    leases.into_iter().map(|lease| Settlement { lease, verdict: Verdict::Release }).collect()
+}

@@ -1,0 +1,222 @@
+//! One subscription's hold on its group, over all partitions of the bus.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::fault::{Failure, closed};
+use super::hold::Hold;
+use super::member::Member;
+use super::partition::Partition;
+use super::settle::releases;
+use crate::delivery::{Delivery, Lease};
+use crate::error::{ErrorKind, Result};
+use crate::transport::{GroupSpec, Settlement, Source, Task};
+
+/// Before a look is repeated that failed because the server cannot be reached; the link waits as well.
+const AGAIN: Duration = Duration::from_millis(100);
+/// How long leaving may take: what it could not give back returns when its lease runs out.
+const LEAVING: Duration = Duration::from_secs(3);
+
+pub(super) struct GroupSource(Arc<Shared>);
+
+struct Shared {
+    hold: Arc<Hold>,
+    members: Vec<Arc<Member>>,
+    /// Where the next look begins, so that no partition is always the last.
+    turn: AtomicUsize,
+    closed: watch::Sender<bool>,
+}
+
+/// Joins the group of `spec` in every partition.
+pub(super) async fn join(
+    partitions: &[Arc<Partition>],
+    spec: GroupSpec,
+    max_payload: usize,
+) -> Result<Arc<GroupSource>> {
+    let hold = Arc::new(Hold::default());
+    // Never used again: a name that two processes share would make one look alive for the other.
+    static NUMBERS: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+    let consumer = format!("{}-{number}", crate::process::current().instance_id);
+    let mut members = Vec::new();
+    for (index, partition) in partitions.iter().enumerate() {
+        let (partition, consumer) = (partition.clone(), consumer.clone());
+        members.push(Member::join(partition, index, spec.clone(), consumer, hold.clone(), max_payload).await?);
+    }
+    Ok(Arc::new(GroupSource(Arc::new(Shared {
+        hold,
+        members,
+        turn: AtomicUsize::new(0),
+        closed: watch::Sender::new(false),
+    }))))
+}
+
+impl Shared {
+    async fn take(self: Arc<Self>, max: usize) -> Result<Vec<Delivery>> {
+        let mut closing = self.closed.subscribe();
+        loop {
+            if *closing.borrow() {
+                return Err(closed());
+            }
+            let arrived = self.hold.arrived.notified();
+            let ready = self.hold.ready(max);
+            if !ready.is_empty() {
+                return Ok(ready);
+            }
+            // On a task of its own: a dropped `take` must not drop an answer that is under way.
+            let look = crate::process::current().runtime.spawn(self.clone().look(max));
+            let looked = tokio::select! {
+                looked = look => looked.unwrap_or_else(|_| Err(closed().into())),
+                _ = closing.changed() => continue,
+            };
+            let rest = match looked {
+                Ok(rest) => rest,
+                Err(failure) if self.hold.has_ready() => {
+                    log::debug!("looking for more failed: {}", failure.error);
+                    continue;
+                }
+                // The link says what is wrong, and waits; a subscription has nothing to add.
+                Err(failure) if failure.error.kind() == ErrorKind::ConnectionFailed => {
+                    log::debug!("take failed, again soon: {}", failure.error);
+                    AGAIN.mul_f64(0.5 + fastrand::f64())
+                }
+                Err(failure) => return Err(failure.error),
+            };
+            if self.hold.has_ready() || rest.is_zero() {
+                continue;
+            }
+            tokio::select! {
+                () = arrived => {}
+                () = tokio::time::sleep(rest) => {}
+                _ = closing.changed() => {}
+            }
+        }
+    }
+
+    /// Looks at every partition once. How long nothing has to be looked at again, unless somebody rings.
+    async fn look(self: Arc<Self>, max: usize) -> Result<Duration, Failure> {
+        let first = self.turn.fetch_add(1, Ordering::Relaxed);
+        let count = self.members.len();
+        for index in 0..count {
+            self.members[(first + index) % count].look(max).await?;
+        }
+        if self.hold.has_ready() || *self.closed.borrow() {
+            return Ok(Duration::ZERO);
+        }
+        let waits = self.members.iter().all(|member| member.wait(max));
+        let rest = self.members.iter().map(|member| member.rest()).min().unwrap_or_default();
+        Ok(if waits { rest } else { Duration::ZERO })
+    }
+
+    async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<Lease>> {
+        let mut lost = Vec::new();
+        let mut parts: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
+        for Settlement { lease, verdict } in settlements {
+            match self.hold.get(lease) {
+                Some(held) => parts[held.partition].push((lease, held, verdict)),
+                None if self.hold.was_settled(lease) => {}
+                None => lost.push(lease),
+            }
+        }
+        let leases: Vec<Lease> = parts.iter().flatten().map(|(lease, ..)| *lease).collect();
+        for (member, part) in self.members.iter().zip(parts) {
+            if part.is_empty() {
+                continue;
+            }
+            match member.settle(part).await {
+                Ok(refused) => lost.extend(refused),
+                Err(failure) => {
+                    // The caller repeats the whole batch: what was done must not count as lost then.
+                    let done = leases.iter().filter(|lease| self.hold.get(**lease).is_none());
+                    done.for_each(|lease| self.hold.remember_settled(*lease));
+                    return Err(failure.error);
+                }
+            }
+        }
+        Ok(lost)
+    }
+
+    async fn heartbeat(&self, held: &[Lease]) -> Result<Vec<Lease>> {
+        for member in &self.members {
+            member.heartbeat().await?;
+        }
+        Ok(held.iter().filter(|lease| self.hold.get(**lease).is_none()).copied().collect())
+    }
+
+    async fn leave(&self) {
+        self.give_back().await;
+        for member in &self.members {
+            // A read that waits at the doorbell could bring something at the last moment: end it, and look.
+            if member.is_armed() {
+                let mut ring = redis::cmd("XADD");
+                ring.arg(&member.partition.keys.bell).arg("MAXLEN").arg(1).arg("*").arg("why").arg("leaving");
+                drop(member.partition.work.run(&ring, member.partition.patience()).await);
+            }
+            member.quiet().await;
+        }
+        self.give_back().await;
+        for member in &self.members {
+            member.finish().await;
+            member.partition.leave(member);
+            member.forget_consumers(Duration::from_secs(365 * 86_400), true).await;
+        }
+    }
+
+    async fn give_back(&self) {
+        self.hold.clear_ready();
+        let left = releases(self.hold.all());
+        if left.is_empty() {
+            return;
+        }
+        if let Err(cause) = self.settle(left).await {
+            log::warn!("leaving failed, deliveries return when their lease runs out: {cause}");
+        }
+    }
+}
+
+impl Source for GroupSource {
+    fn take(&self, max: usize) -> Task<Result<Vec<Delivery>>> {
+        let shared = self.0.clone();
+        Box::pin(async move { shared.take(max.max(1)).await.map_err(|cause| cause.during("take")) })
+    }
+
+    fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            // Not dropped in the middle: the caller would not know what was done.
+            let settled = crate::process::current().runtime.spawn(async move { shared.settle(settlements).await });
+            settled.await.unwrap_or_else(|_| Err(closed())).map_err(|cause| cause.during("settle"))
+        })
+    }
+
+    fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>> {
+        let shared = self.0.clone();
+        Box::pin(async move { shared.heartbeat(&held).await.map_err(|cause| cause.during("heartbeat")) })
+    }
+
+    fn close(&self) -> Task<()> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            if shared.closed.send_replace(true) {
+                return;
+            }
+            if tokio::time::timeout(LEAVING, shared.leave()).await.is_err() {
+                log::warn!("leaving took too long, deliveries return when their lease runs out");
+            }
+        })
+    }
+}
+
+impl Drop for GroupSource {
+    fn drop(&mut self) {
+        if self.0.closed.send_replace(true) {
+            return;
+        }
+        let shared = self.0.clone();
+        let process = crate::process::current();
+        process.runtime.spawn(async move { drop(tokio::time::timeout(LEAVING, shared.leave()).await) });
+    }
+}
