@@ -5,7 +5,7 @@ import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const text = (event: Event<unknown>) => Buffer.from(event.raw).toString()
 
-const [url, busName] = process.argv.slice(2)
+const [url, busName] = process.argv.slice(2) as [string, string]
 const bus = new Bus(url, { service: 'node', bus: busName, leaseMs: 1000 })
 await bus.start()
 tell({ ready: true })
