@@ -37,7 +37,7 @@ help: ## List the tasks
 # ---- set up -------------------------------------------------------------------------------------------------------
 
 .PHONY: setup system
-setup: system $(VENV) $(MODULES) ## Install what is missing: compiler, .venv, node_modules
+setup: system $(VENV) $(MODULES) ## Install what is missing: compiler, redis-server, .venv, node_modules
 
 system:
 	@PYTHON='$(PYTHON)' .ci/system
@@ -140,9 +140,12 @@ fix: setup ## Format everything, and apply the fixes that lints offer
 
 # ---- run ----------------------------------------------------------------------------------------------------------
 
-.PHONY: demo bench docs dist clean
+.PHONY: demo demo-redis bench docs dist clean
 demo: setup build ## The main job: shop, warehouse and mailer on one bus; BUS=<url> chooses another
 	$(PY) examples/demo/run.py $(if $(BUS),--bus '$(BUS)')
+
+demo-redis: setup build ## The main job on a redis-server of its own, started on a free port and ended afterwards
+	$(PY) examples/demo/run.py --redis
 
 bench: setup build bench/.venv/.installed ## Figures beside peers, in their own environment; rewrites bench/README.md
 	bench/.venv/bin/python bench/run.py $(ARGS)

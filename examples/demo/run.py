@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,7 @@ class Demo:
         self.spawn(sys.executable, str(HERE / "mailer.py"))
         if not self.wait(lambda: self.book.ready.total() == 3, 30, "all three services are ready"):
             return 1
-        self.say(f"shop (Python), warehouse (TypeScript), mailer (Python) are on {self.url}")
+        self.say(f"shop (Python), warehouse (TypeScript), mailer (Python) are on {Bus(self.url, service='demo').url}")
         assert shop.stdin is not None
         shop.stdin.write(b"go\n")
         shop.stdin.flush()
@@ -208,23 +210,46 @@ class Demo:
         return 0 if whole else 1
 
 
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A redis-server that keeps its data in `folder` and is ended with the demo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--appendonly", "yes"]
+    with (folder / "redis.log").open("wb") as log:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 10
+        while subprocess.run(["redis-cli", "-p", str(port), "PING"], capture_output=True).stdout != b"PONG\n":
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"redis-server does not start:\n{(folder / 'redis.log').read_text()}")
+            time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bus", help="URL of the bus; default: a new SQLite file")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--bus", help="URL of the bus; default: a new SQLite file")
+    where.add_argument("--redis", action="store_true", help="a redis-server of the demo's own")
     parser.add_argument("--orders", type=int, default=2000)
     parser.add_argument("--keep", action="store_true", help="keep the file and the ledgers")
     options = parser.parse_args()
     (ROOT / ".demo").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=ROOT / ".demo"))
-    demo = Demo(options.bus or f"sqlite:///{folder}/bus.db", options.orders, folder)
-    try:
-        return demo.run()
-    finally:
-        demo.stop()
+    with contextlib.ExitStack() as stack:
         if options.keep:
-            print(f"  kept: {folder}")
+            stack.callback(print, f"  kept: {folder}")
         else:
-            shutil.rmtree(folder)
+            stack.callback(shutil.rmtree, folder)
+        url = stack.enter_context(redis_server(folder)) if options.redis else options.bus
+        demo = Demo(url or f"sqlite:///{folder}/bus.db", options.orders, folder)
+        stack.callback(demo.stop)
+        return demo.run()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ def tell(value: dict[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-async def main(url: str) -> None:
-    bus = Bus(url, service="python", lease=1.0)
+async def main(url: str, bus_name: str) -> None:
+    bus = Bus(url, service="python", bus=bus_name, lease=1.0)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async with bus:
@@ -77,4 +77,4 @@ def handler_for(command: dict[str, Any]) -> Any:
     return handler
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))

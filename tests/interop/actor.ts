@@ -5,7 +5,8 @@ import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const text = (event: Event<unknown>) => Buffer.from(event.raw).toString()
 
-const bus = new Bus(process.argv[2], { service: 'node', leaseMs: 1000 })
+const [url, busName] = process.argv.slice(2) as [string, string]
+const bus = new Bus(url, { service: 'node', bus: busName, leaseMs: 1000 })
 await bus.start()
 tell({ ready: true })
 const subscriptions: Subscription[] = []

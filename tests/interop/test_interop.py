@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from store import Store
+
+pytestmark = pytest.mark.every_transport
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ["rust", "python", "node"]
 PAIRS = [(publisher, consumer) for publisher in LANGUAGES for consumer in LANGUAGES]
@@ -90,12 +93,12 @@ def commands() -> dict[str, list[str]]:
 
 
 class Stage:
-    def __init__(self, commands: dict[str, list[str]], url: str) -> None:
-        self._commands, self._url = commands, url
+    def __init__(self, commands: dict[str, list[str]], url: str, bus: str) -> None:
+        self._commands, self._where = commands, [url, bus]
         self._actors: list[Actor] = []
 
     def actor(self, language: str) -> Actor:
-        self._actors.append(Actor([*self._commands[language], self._url]))
+        self._actors.append(Actor([*self._commands[language], *self._where]))
         return self._actors[-1]
 
     def end(self) -> None:
@@ -104,8 +107,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(commands: dict[str, list[str]], tmp_path: Path) -> Iterator[Stage]:
-    stage = Stage(commands, f"sqlite:///{tmp_path}/bus.db")
+def stage(commands: dict[str, list[str]], store: Store) -> Iterator[Stage]:
+    stage = Stage(commands, store.url, store.name)
     yield stage
     stage.end()
 

@@ -1,48 +1,17 @@
 // Life and death of processes and threads.
 import assert from 'node:assert/strict'
-import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtempSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { createInterface } from 'node:readline'
-import type { Readable, Writable } from 'node:stream'
 import { test } from 'node:test'
-import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
 import { Bus } from 'polybus'
+import { Child, LIMIT, runs, script } from './support/child.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'polybus-life-'))
 let stores = 0
 const store = () => `sqlite:///${folder}/${++stores}.db`
-const script = (name: string) => fileURLToPath(new URL(`children/${name}.mjs`, import.meta.url))
-const LIMIT = 15_000
-
-class Child {
-  readonly process: ChildProcessByStdio<Writable, Readable, null>
-  readonly told: AsyncIterator<string>
-  readonly ended: Promise<[number | null, string | null]>
-
-  constructor(what: string, url: string) {
-    this.process = spawn(process.execPath, [script('life'), what, url], { stdio: ['pipe', 'pipe', 'inherit'] })
-    this.told = createInterface({ input: this.process.stdout })[Symbol.asyncIterator]()
-    this.ended = once(this.process, 'close', { signal: AbortSignal.timeout(LIMIT) }) as never
-    this.ended.catch(() => this.process.kill('SIGKILL'))
-  }
-
-  async tells(): Promise<unknown> {
-    const { value } = await this.told.next()
-    return value === undefined ? undefined : JSON.parse(value)
-  }
-}
-
-async function runs(what: string, url: string): Promise<unknown[]> {
-  const child = new Child(what, url)
-  const told = []
-  for (let next = await child.tells(); next !== undefined; next = await child.tells()) told.push(next)
-  assert.deepEqual(await child.ended, [0, null], what)
-  return told
-}
 
 test('a bus that nobody uses does not hold the process', async () => {
   assert.deepEqual(await runs('unused', 'memory://'), [])

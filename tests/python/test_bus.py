@@ -30,13 +30,14 @@ from polybus import (
     RetryPolicy,
     Unsupported,
 )
+from store import Store
 
 QUICK = RetryPolicy(max_retries=3, initial_delay=0.001, jitter="none")
 
 
 @pytest.fixture
-async def bus(tmp_path: Any, request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
-    async with Bus(f"sqlite:///{tmp_path}/bus.db", service="shop", lease=1.0, retry=QUICK) as bus:
+async def bus(store: Store) -> AsyncIterator[Bus]:
+    async with store.bus(lease=1.0, retry=QUICK) as bus:
         yield bus
 
 
@@ -72,6 +73,7 @@ async def until(condition: Any, timeout: float = 10.0) -> None:
     await asyncio.wait_for(wait(), timeout)
 
 
+@pytest.mark.every_transport
 async def test_decorator_publish_and_facts(bus: Bus) -> None:
     seen = Seen()
 
@@ -92,6 +94,7 @@ async def test_decorator_publish_and_facts(bus: Bus) -> None:
     assert datetime.now(timezone.utc) - event.delivery.received_at < timedelta(seconds=60)
 
 
+@pytest.mark.every_transport
 async def test_each_subscription_gets_it_and_sync_handlers_run_on_threads(bus: Bus) -> None:
     seen = Seen()
     threads = set()
@@ -112,6 +115,7 @@ async def test_each_subscription_gets_it_and_sync_handlers_run_on_threads(bus: B
     assert threading.main_thread() not in threads
 
 
+@pytest.mark.every_transport
 @pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_raise_retry_and_reject(bus: Bus, kind: str) -> None:
     seen = Seen()
@@ -183,6 +187,7 @@ async def test_context_variables_do_not_leak(bus: Bus) -> None:
     assert seen == [0, 0, 0, 0]
 
 
+@pytest.mark.every_transport
 async def test_unsubscribe_pause_and_resume(bus: Bus) -> None:
     seen = Seen()
 
@@ -207,6 +212,7 @@ async def test_unsubscribe_pause_and_resume(bus: Bus) -> None:
     assert [event.payload for event in seen.events] == [1, 2]
 
 
+@pytest.mark.every_transport
 async def test_iterator_acks_when_the_next_is_asked_for(bus: Bus) -> None:
     iterator = bus.events("x", name="it")
     first = asyncio.ensure_future(iterator.__anext__())
@@ -224,8 +230,9 @@ async def test_iterator_acks_when_the_next_is_asked_for(bus: Bus) -> None:
     assert rest == [(1, 1), (2, 1)]
 
 
-async def test_iterator_ends_when_the_bus_closes(tmp_path: Any) -> None:
-    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+@pytest.mark.every_transport
+async def test_iterator_ends_when_the_bus_closes(store: Store) -> None:
+    bus = store.bus()
     await bus.start()
     iterator = bus.events("x")
     waiting = asyncio.ensure_future(iterator.__anext__())
@@ -278,6 +285,7 @@ async def test_sync_mode_respects_the_timeout() -> None:
             await bus.publish("x")
 
 
+@pytest.mark.every_transport
 async def test_timeout_cancels_the_handler(bus: Bus) -> None:
     cancelled = asyncio.Event()
 
@@ -300,6 +308,7 @@ async def test_timeout_cancels_the_handler(bus: Bus) -> None:
     assert letter.error.type == "HandlerTimeout"
 
 
+@pytest.mark.every_transport
 async def test_dead_letters_replay_and_purge(bus: Bus) -> None:
     seen = Seen()
     broken = True
@@ -340,8 +349,9 @@ async def test_dead_letters_replay_and_purge(bus: Bus) -> None:
         await bus.dead_letters.purge()
 
 
-async def test_closed_bus_and_restart(tmp_path: Any) -> None:
-    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+@pytest.mark.every_transport
+async def test_closed_bus_and_restart(store: Store) -> None:
+    bus = store.bus()
     seen = Seen()
 
     @bus.on("x")
@@ -359,8 +369,9 @@ async def test_closed_bus_and_restart(tmp_path: Any) -> None:
         await seen.count(2)
 
 
-async def test_close_and_publish_from_a_handler(tmp_path: Any) -> None:
-    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+@pytest.mark.every_transport
+async def test_close_and_publish_from_a_handler(store: Store) -> None:
+    bus = store.bus()
     done = asyncio.Event()
 
     async def closer(event: Event[Any]) -> None:
@@ -447,6 +458,7 @@ async def test_bad_publishes(bus: Bus) -> None:
     await bus.publish("__proto__".strip("_"), {"__proto__": {"a": 1}})
 
 
+@pytest.mark.every_transport
 async def test_publish_many_lists_what_was_refused(bus: Bus) -> None:
     big = Event.create("x", "y" * (1 << 20))
     with pytest.raises(PayloadTooLarge) as failure:
@@ -459,6 +471,7 @@ async def test_publish_many_lists_what_was_refused(bus: Bus) -> None:
     assert await bus.publish_many([]) == []
 
 
+@pytest.mark.every_transport
 async def test_delay_and_expiry(bus: Bus) -> None:
     seen = Seen()
 
@@ -533,8 +546,9 @@ async def test_a_coroutine_function_that_returns_something_else(bus: Bus) -> Non
     assert "coroutine function" in letter.error.message
 
 
-async def test_close_hands_a_handler_back_that_never_ends(tmp_path: Any) -> None:
-    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+@pytest.mark.every_transport
+async def test_close_hands_a_handler_back_that_never_ends(store: Store) -> None:
+    bus = store.bus()
     attempts: list[int] = []
     begun = asyncio.Event()
 
@@ -563,8 +577,8 @@ async def test_options_that_come_later(bus: Bus) -> None:
         await bus.subscribe("x", handler, ordered=True)  # type: ignore[call-arg]
 
 
-async def test_groups_share_and_broadcasts_copy(tmp_path: Any) -> None:
-    url = f"sqlite:///{tmp_path}/bus.db"
+@pytest.mark.every_transport
+async def test_groups_share_and_broadcasts_copy(store: Store) -> None:
     seen = Seen()
     copies = Seen()
 
@@ -574,7 +588,7 @@ async def test_groups_share_and_broadcasts_copy(tmp_path: Any) -> None:
     async def copied(event: Event[Any]) -> None:
         copies.add(event)
 
-    async with Bus(url, service="shop") as one, Bus(url, service="shop") as two:
+    async with store.bus() as one, store.bus() as two:
         for bus in (one, two):
             await bus.subscribe("x", handler, name="shared")
             await bus.subscribe("x", copied, name="copied", broadcast=True)
@@ -598,8 +612,9 @@ async def test_a_failing_start_leaves_nothing_open(tmp_path: Any) -> None:
             await other.start()
 
 
-async def test_blocking_twin(tmp_path: Any) -> None:
-    bus = Bus(f"sqlite:///{tmp_path}/bus.db", service="shop")
+@pytest.mark.every_transport
+async def test_blocking_twin(store: Store) -> None:
+    bus = store.bus()
     blocking = bus.blocking
 
     async def asynchronous(event: Event[Any]) -> None: ...
@@ -626,4 +641,4 @@ async def test_blocking_twin(tmp_path: Any) -> None:
             blocking.publish("x")
         return results
 
-    assert await asyncio.to_thread(work) == ["x", ["x"], "sqlite", True, 0, True]
+    assert await asyncio.to_thread(work) == ["x", ["x"], store.transport, True, 0, True]

@@ -3,62 +3,18 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
-PRELUDE = """
-import asyncio, os, sys, threading, time, signal
-from polybus import *
-URL = sys.argv[1]
-def say(*words):
-    print(*words, flush=True)
-"""
-
-
-class Program:
-    """A Python program with its output and how long it took to end."""
-
-    def __init__(self, code: str, url: str, *arguments: str) -> None:
-        source = PRELUDE + textwrap.dedent(code)
-        self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-W", "error", "-c", source, url, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if not line:
-            raise AssertionError(f"the program ended: {self.process.stderr.read() if self.process.stderr else ''}")
-        return line
-
-    def end(self, timeout: float = 20) -> tuple[int, str, str]:
-        try:
-            out, err = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGABRT)  # faulthandler says where it hangs
-            out, err = self.process.communicate()
-            raise AssertionError(f"the program hangs\n{out}\n{err}") from None
-        return self.process.returncode, out, err
+from program import Program, run
+from store import Store
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/bus.db"
-
-
-def run(code: str, url: str, *arguments: str, timeout: float = 20) -> str:
-    """Runs to the end; the program must end well and complain about nothing."""
-    status, out, err = Program(code, url, *arguments).end(timeout)
-    assert (status, err) == (0, ""), f"status {status}\n{out}\n{err}"
-    return out
+def url(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TEST_BUS", store.name)
+    return store.url
 
 
 @pytest.mark.parametrize("scheme", ["memory", "sqlite"])
@@ -91,6 +47,7 @@ def test_clean_exit(url: str, scheme: str, close: bool) -> None:
     assert out == "end\n"
 
 
+@pytest.mark.every_transport
 def test_exit_of_a_blocking_program_without_close(url: str) -> None:
     out = run(
         """
@@ -109,6 +66,7 @@ def test_exit_of_a_blocking_program_without_close(url: str) -> None:
     assert out == "hello\n"
 
 
+@pytest.mark.every_transport
 @pytest.mark.parametrize(
     "body",
     [
@@ -298,6 +256,7 @@ def test_uvloop(url: str) -> None:
     assert out == "True\nTrue\n"
 
 
+@pytest.mark.every_transport
 def test_fork_after_use(url: str) -> None:
     """The child connects anew with the same bus object; the parent goes on."""
     out = run(
@@ -331,6 +290,7 @@ def test_fork_after_use(url: str) -> None:
     assert out == "child ['child']\nparent ['parent again'] 0\n"
 
 
+@pytest.mark.every_transport
 def test_fork_inside_a_running_loop(url: str) -> None:
     """Forked with handlers, threads and an open loop: the child can publish, and disturbs nothing."""
     out = run(
@@ -365,6 +325,7 @@ def test_fork_inside_a_running_loop(url: str) -> None:
     assert out == "[1, 2] 2\n"
 
 
+@pytest.mark.every_transport
 def test_fork_with_running_threads_and_exit_normally(url: str) -> None:
     out = run(
         """
@@ -390,6 +351,7 @@ def test_fork_with_running_threads_and_exit_normally(url: str) -> None:
     assert out == "[]\n" * 20 + "True\n"
 
 
+@pytest.mark.every_transport
 def test_preload_then_fork_workers(url: str) -> None:
     """As gunicorn --preload: the parent publishes, then forks workers that share one subscription."""
     out = run(
@@ -429,6 +391,7 @@ def test_preload_then_fork_workers(url: str) -> None:
     assert out == "True\n[0, 0, 0]\n"
 
 
+@pytest.mark.every_transport
 def test_a_killed_process_loses_nothing(url: str) -> None:
     victim = Program(
         """

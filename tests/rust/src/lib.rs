@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set the stage must fail")]
 #![allow(missing_docs, reason = "test support")]
 
+pub mod certificates;
+pub mod proxy;
+pub mod redis_server;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,15 +19,20 @@ use polybus_core::transport::{Outgoing, Receipt};
 use polybus_core::{Bus, BusOptions, Event, Result, SubscribeOptions, Subscription};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use crate::redis_server::{RedisServer, with_shared};
+
 /// Nothing here takes this long; a test that waits longer has failed.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The transports under test, by the scheme of their URL.
-pub const TRANSPORTS: [&str; 2] = ["memory", "sqlite"];
+/// The transports under test, by the scheme of their URL; in a file, because Python and TypeScript read it too.
+pub fn transports() -> Vec<String> {
+    serde_json::from_str(include_str!("../../transports.json")).unwrap()
+}
 
-/// A store that no other test uses, removed afterwards.
+/// A place in a store that no other test uses. What is on disk is removed afterwards.
 pub struct World {
     pub url: String,
+    name: String,
     directory: PathBuf,
 }
 
@@ -38,17 +47,21 @@ impl World {
         let url = match transport {
             "memory" => format!("memory://{name}"),
             "sqlite" => format!("sqlite:///{}/bus.db", directory.display()),
+            "redis" => with_shared(RedisServer::url),
+            "redis+pubsub" => with_shared(RedisServer::pubsub_url),
             other => panic!("no such transport: {other}"),
         };
-        Self { url, directory }
+        Self { url, name, directory }
     }
 
     pub fn bus(&self) -> Bus {
         self.bus_with(BusOptions::new("test"))
     }
 
+    /// The name of its bus is unique to this world, because several share a server.
     pub fn bus_with(&self, options: BusOptions) -> Bus {
-        let options = BusOptions { retry: quick(3), ..options };
+        let bus = format!("{}-{}", self.name, options.bus);
+        let options = BusOptions { bus, retry: quick(3), ..options };
         Bus::new(&self.url, options).unwrap()
     }
 }
@@ -133,9 +146,15 @@ pub async fn subscribe(
     (bus.subscribe(pattern, handler, options).await.unwrap(), Seen(receiver))
 }
 
-/// As [`subscribe`], always content.
+/// As [`subscribe`], always content, with [`options_for`] this transport.
 pub async fn listen(bus: &Bus, pattern: &str, name: &str) -> (Subscription, Seen) {
-    subscribe(bus, pattern, SubscribeOptions::new(name), |_| Outcome::Done).await
+    subscribe(bus, pattern, options_for(bus, name).await, |_| Outcome::Done).await
+}
+
+/// A group where the transport has them, and a broadcast where it has not: for behaviours that hold for both.
+pub async fn options_for(bus: &Bus, name: &str) -> SubscribeOptions {
+    let broadcast = !bus.capabilities().await.unwrap().ack;
+    SubscribeOptions { broadcast, ..SubscribeOptions::new(name) }
 }
 
 pub fn failed() -> Outcome {

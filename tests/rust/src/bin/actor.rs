@@ -32,8 +32,8 @@ fn text(event: &Event) -> String {
 
 #[tokio::main]
 async fn main() {
-    let url = std::env::args().nth(1).unwrap();
-    let bus = Bus::new(&url, BusOptions { lease: Duration::from_secs(1), ..BusOptions::new("rust") }).unwrap();
+    let [url, bus] = <[String; 2]>::try_from(std::env::args().skip(1).collect::<Vec<_>>()).unwrap();
+    let bus = Bus::new(&url, BusOptions { bus, lease: Duration::from_secs(1), ..BusOptions::new("rust") }).unwrap();
     bus.start().await.unwrap();
     tell(&json!({"ready": true}));
     let (sender, mut commands) = tokio::sync::mpsc::unbounded_channel();

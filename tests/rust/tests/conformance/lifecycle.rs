@@ -8,11 +8,11 @@ use polybus_core::{ErrorKind, SubscribeOptions};
 use tokio::sync::Notify;
 
 crate::behaviours![
-    many_open_and_close_at_once,
+    many_open_and_close_at_once: ack,
     unsubscribed_means_no_more_deliveries,
-    a_drain_lets_running_handlers_end,
-    a_cancelled_stop_burns_no_attempt,
-    buffered_deliveries_go_back_at_once,
+    a_drain_lets_running_handlers_end: ack,
+    a_cancelled_stop_burns_no_attempt: ack,
+    buffered_deliveries_go_back_at_once: ack,
     a_second_subscription_of_one_name_is_refused,
     close_from_inside_a_handler,
     publish_from_inside_a_handler,
@@ -119,7 +119,7 @@ async fn a_second_subscription_of_one_name_is_refused(world: World) {
     let bus = world.bus();
     let (_, mut seen) = listen(&bus, "n", "s").await;
     let noop = from_fn(|_| async { Outcome::Done });
-    let error = bus.subscribe("other", noop, SubscribeOptions::new("s")).await.err().unwrap();
+    let error = bus.subscribe("other", noop, options_for(&bus, "s").await).await.err().unwrap();
     assert_eq!(error.kind(), ErrorKind::DuplicateSubscription);
     publish(&bus, "n", "1").await;
     seen.next().await;
@@ -140,7 +140,7 @@ async fn close_from_inside_a_handler(world: World) {
             std::future::pending().await
         }
     });
-    bus.subscribe("n", handler, SubscribeOptions::new("s")).await.unwrap();
+    bus.subscribe("n", handler, options_for(&bus, "s").await).await.unwrap();
     publish(&bus, "n", "1").await;
     within(closed.notified()).await;
     assert!(bus.is_closed());
@@ -156,7 +156,7 @@ async fn publish_from_inside_a_handler(world: World) {
             Outcome::Done
         }
     });
-    let options = SubscribeOptions { concurrency: Some(1), ..SubscribeOptions::new("ask") };
+    let options = SubscribeOptions { concurrency: Some(1), ..options_for(&bus, "ask").await };
     bus.subscribe("ask", handler, options).await.unwrap();
     let (_, mut seen) = listen(&bus, "answer", "s").await;
     publish_numbers(&bus, "ask", 20).await;

@@ -10,18 +10,18 @@ use polybus_core::handler::{Outcome, from_fn};
 use polybus_core::{ErrorKind, Pattern, SubscribeOptions};
 
 crate::behaviours![
-    failed_events_come_again,
-    attempts_count_up_without_gaps,
-    a_handler_chooses_its_delay,
-    exhausted_and_rejected_become_dead_letters,
-    a_panic_is_a_failure,
-    errors_of_many_members_do_not_lose_events,
-    one_stuck_handler_blocks_only_its_slot,
-    a_timed_out_handler_is_retried,
-    dead_letters_are_listed_filtered_and_paged,
-    replay_keeps_the_id_and_happens_once,
-    dead_letters_can_be_switched_off,
-    purged_ones_are_gone,
+    failed_events_come_again: ack + dead_letters,
+    attempts_count_up_without_gaps: ack,
+    a_handler_chooses_its_delay: ack,
+    exhausted_and_rejected_become_dead_letters: ack + dead_letters,
+    a_panic_is_a_failure: ack,
+    errors_of_many_members_do_not_lose_events: ack,
+    one_stuck_handler_blocks_only_its_slot: ack,
+    a_timed_out_handler_is_retried: ack,
+    dead_letters_are_listed_filtered_and_paged: ack + dead_letters,
+    replay_keeps_the_id_and_happens_once: ack + dead_letters,
+    dead_letters_can_be_switched_off: ack + dead_letters,
+    purged_ones_are_gone: ack + dead_letters,
 ];
 
 /// W4: the first two fail once, all hundred arrive.

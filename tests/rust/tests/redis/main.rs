@@ -1,0 +1,5 @@
+//! What only Redis can do wrong: servers that stop, restart, hang or lie, and the network before them. What every
+//! transport must do is in `../conformance`.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod stage;
