@@ -419,7 +419,7 @@ impl Member {
     async fn claim(&self, room: usize) -> Result<(), Failure> {
         let sent = time::boot_ms();
         let every = self.lease / 4;
-        lock(&self.state).claim_at = sent + every + fastrand::i64(..=every / 4);
+        lock(&self.state).claim_at = sent + every + fastrand::i64(0..=every / 4);
         let mut command = scripts::CLAIM.call(&[&self.partition.keys.events, &self.partition.keys.counts]);
         command.arg(&*self.group).arg(&self.consumer).arg(self.lease).arg(room.clamp(1, CLAIM));
         let answer = match self.partition.work.script(&scripts::CLAIM, &command, self.partition.patience()).await {

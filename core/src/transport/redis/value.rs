@@ -61,7 +61,7 @@ pub(super) fn list(value: Value) -> Result<Vec<Value>> {
 pub(super) fn bytes(value: Value) -> Result<Bytes> {
     match value {
         Value::BulkString(bytes) => Ok(bytes.into()),
-        Value::SimpleString(text) => Ok(text.into_bytes().into()),
+        Value::SimpleString(text) | Value::VerbatimString { text, .. } => Ok(text.into_bytes().into()),
         Value::Int(number) => Ok(number.to_string().into()),
         Value::Okay => Ok(Bytes::from_static(b"OK")),
         Value::Nil => Ok(Bytes::new()),
