@@ -397,7 +397,11 @@ pub fn with_shared<T>(ask: impl FnOnce(&RedisServer) -> T) -> T {
         .get_or_insert_with(|| RedisServer::with(Options { appendfsync: Some("everysec"), ..Options::default() })))
 }
 
-/// Ends the shared server: nothing drops a static.
-pub fn stop_shared() {
-    drop(SHARED.lock().unwrap_or_else(PoisonError::into_inner).take());
+/// Ends the shared server when it is dropped, also by a panic: nothing drops a static.
+pub struct EndShared;
+
+impl Drop for EndShared {
+    fn drop(&mut self) {
+        drop(SHARED.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
 }

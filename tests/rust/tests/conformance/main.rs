@@ -9,7 +9,7 @@ mod trouble;
 
 use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Conclusion, Trial};
 use polybus_conformance::{World, redis_server, transports};
 use polybus_core::transport::Capabilities;
 use tokio::runtime::{Builder, Runtime};
@@ -37,6 +37,11 @@ macro_rules! behaviours {
 }
 
 fn main() {
+    run().exit(); // drops nothing
+}
+
+fn run() -> Conclusion {
+    let _end = redis_server::EndShared;
     let arguments = Arguments::from_args();
     let modules = [
         ("publishing", publishing::ALL),
@@ -58,9 +63,7 @@ fn main() {
             }
         }
     }
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    redis_server::stop_shared();
-    conclusion.exit();
+    libtest_mimic::run(&arguments, trials)
 }
 
 /// nextest runs each trial in a process of its own, and that needs no server for the other transports.
