@@ -116,7 +116,8 @@ def example(name: str) -> str:
     made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     found = [one["executable"] for one in made if one.get("executable") and one["target"]["name"] == name]
     if done.returncode or not found:
-        errors = [one["message"]["message"] for one in made if one.get("reason") == "compiler-message"]
+        messages = [one["message"] for one in made if one.get("reason") == "compiler-message"]
+        errors = [message["message"] for message in messages if message["level"] == "error"]
         raise Failed(f"{name}: {(errors or done.stderr.strip().splitlines()[-1:] or ['it was not built'])[0]}")
     return str(found[-1])
 

@@ -120,7 +120,7 @@ def publish(one: int, many: int) -> Measure:
     for name, task in (("Python", "publish_polybus.py"), ("Node", "publish_polybus.mjs")):
         for publishers, events, ratio in ((1, one, 0.8), (64, many, 5)):
             runner = f"{name} {publishers}"
-            ask = {"events": events, "publishers": publishers, "durability": "full"}
+            ask: Facts = {"events": events, "publishers": publishers, "durability": "full"}
             runners[runner] = partial(alone, task, **ask)
             what = f"{name}, one awaited at a time" if publishers == 1 else f"{name}, {publishers} concurrent"
             rows.append(Row(what, f"{runner}.rate", f"{floor}.rate", ratio_at_least=ratio))

@@ -62,7 +62,7 @@ class Server:
 
     def _info(self, section: str, *names: str) -> float:
         text = self.say(f"INFO {section}")
-        return sum(float(re.search(rf"^{name}:([\d.]+)", text, re.MULTILINE)[1]) for name in names)  # type: ignore[index]
+        return sum(map(float, re.findall(rf"^(?:{'|'.join(names)}):([\d.]+)", text, re.MULTILINE)))
 
     def cpu(self) -> float:
         """Its own and its children's, which rewrite the log."""
