@@ -69,9 +69,9 @@ async def consume() -> None:
                 pipe.xack(STREAM, GROUP, *done)
             pipe.xreadgroup(GROUP, "one", {STREAM: ">"}, count=BATCH, block=1000)
             *_, answer = await pipe.execute()
-            taken = next(iter(answer.values()))[0] if isinstance(answer, dict) and answer else answer and answer[0][1]
-            done = [id_ for id_, _ in taken or ()]
-            for _, event in taken or ():
+            taken = answer[0][1] if answer else []
+            done = [id_ for id_, _ in taken]
+            for _, event in taken:
                 await handler(event)
         await client.xack(STREAM, GROUP, *done)
     say(ended=now(), handled=handled, **(percentiles(delays) if delays else {}))
