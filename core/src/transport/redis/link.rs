@@ -305,6 +305,11 @@ impl Link {
         Ok(())
     }
 
+    /// Waits until there is a connection.
+    pub async fn ready(&self, deadline: Instant) -> Result<(), Failure> {
+        self.live(deadline).await.map(drop)
+    }
+
     /// Drops the connection: what waits for an answer on it fails.
     pub fn cut(&self) {
         *self.lock() = None;

@@ -48,6 +48,7 @@ use self::keys::Keys;
 use self::link::{Link, Server};
 use self::partition::{PATIENCE, Partition, lock};
 use self::probe::Probe;
+use self::publish::Publisher;
 use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
@@ -68,7 +69,6 @@ struct Shared {
     partitions: Vec<Arc<Partition>>,
     settings: Settings,
     /// What a publish waits for.
-    confirm: Confirm,
     wanted: Confirm,
     sources: Mutex<Vec<Weak<dyn Source>>>,
     closed: AtomicBool,
@@ -114,15 +114,9 @@ impl Shared {
             let runtime = &crate::process::current().runtime;
             runtime.spawn(partition.clone().keep(limits.clone()));
             runtime.spawn(Doorbell::run(partition.clone()));
+            runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
         }
-        Ok(Arc::new(Self {
-            partitions,
-            settings,
-            confirm: probe.confirm(wanted),
-            wanted,
-            sources: Mutex::default(),
-            closed: AtomicBool::new(false),
-        }))
+        Ok(Arc::new(Self { partitions, settings, wanted, sources: Mutex::default(), closed: AtomicBool::new(false) }))
     }
 
     fn check(&self) -> Result<()> {
@@ -159,7 +153,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, batch, self.confirm, deadline).await
+        publish::publish(&self.partitions, batch, deadline).await
     }
 
     async fn close(&self) {
