@@ -58,6 +58,8 @@ struct State {
     pattern: Pattern,
     /// The newest entry that this member was given, or where the group stood when it joined.
     cursor: Id,
+    /// When it joined last. Not the partition's, which is new as soon as one of its groups was made again.
+    epoch: String,
     /// The group was given everything at or before this.
     position: Id,
     /// There may be entries after `position`.
@@ -90,11 +92,12 @@ impl Member {
         hold: Arc<Hold>,
         max_payload: usize,
     ) -> Result<Arc<Self>> {
-        let cursor = group::join(&partition, &spec, None).await?;
+        let group::Joined { delivered: cursor, epoch } = group::join(&partition, &spec, None).await?;
         let lease = time::millis(spec.lease).max(1);
         let state = State {
             pattern: spec.pattern.clone(),
             cursor,
+            epoch,
             position: cursor,
             fresh: true,
             recover: false,
@@ -299,14 +302,20 @@ impl Member {
             let mut state = lock(&self.state);
             (state.recover, state.fresh) = (true, true);
         }
-        if !failure.no_group {
-            return Err(failure);
-        }
-        let cursor = lock(&self.state).cursor;
-        let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
+        if failure.no_group { self.join_again().await } else { Err(failure) }
+    }
+
+    /// Deleted by somebody, or lost by the server: joining again tells.
+    async fn join_again(&self) -> Result<(), Failure> {
+        let before = {
+            let state = lock(&self.state);
+            group::Joined { delivered: state.cursor, epoch: state.epoch.clone() }
+        };
+        let joined = group::join(&self.partition, &self.spec, Some(before)).await?;
         self.partition.reset(&self.group);
         let mut state = lock(&self.state);
-        (state.cursor, state.position, state.fresh) = (start, start, true);
+        (state.cursor, state.position, state.fresh) = (joined.delivered, joined.delivered, true);
+        state.epoch = joined.epoch;
         Ok(())
     }
 
@@ -505,12 +514,8 @@ impl Member {
         ask.arg(&self.partition.keys.groups).arg(&*self.group);
         let facts = self.partition.work.run(&ask, self.partition.patience()).await?;
         if facts == Value::Nil {
-            let cursor = lock(&self.state).cursor;
-            // Deleted by somebody, or lost by the server: joining again tells.
-            let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
-            self.partition.reset(&self.group);
-            let mut state = lock(&self.state);
-            (state.cursor, state.position, state.fresh, state.doubt) = (start, start, true, false);
+            self.join_again().await?;
+            lock(&self.state).doubt = false;
             return Ok(());
         }
         let pattern = group::pattern(&value::text(facts)?)?;
