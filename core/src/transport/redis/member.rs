@@ -2,7 +2,7 @@
 //!
 //! Work reaches a member in four ways, and [`Member::look`] tries them in this order:
 //! 1. **due**: retries, what was given back, replays, and what dead owners held of these (script `due`);
-//! 2. **recover**: entries of our own that a broken connection kept from us (`XREADGROUP … 0`);
+//! 2. **recover**: entries of our own that a broken connection kept from us (`XPENDING`);
 //! 3. **claim**: entries in the pending lists of consumers that stopped their heartbeat (script `claim`);
 //! 4. **read**: new entries (`XREADGROUP … >`), directly or behind the doorbell.
 //!
@@ -197,7 +197,8 @@ impl Member {
                 other => other?,
             }
         }
-        if lock(&self.state).recover {
+        // What a read behind the doorbell is about to bring would look lost.
+        if lock(&self.state).recover && !self.is_armed() {
             self.recover().await?;
         }
         if lock(&self.state).claim_at <= time::boot_ms() {
@@ -214,8 +215,11 @@ impl Member {
     pub fn wait(self: &Arc<Self>, room: usize) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.fresh || state.recover || state.doubt || !state.skipped.is_empty() {
+            if state.fresh || state.doubt || !state.skipped.is_empty() {
                 return false;
+            }
+            if state.recover {
+                return self.is_armed(); // its end rings
             }
             state.waiting = Some(room);
         }
@@ -231,24 +235,28 @@ impl Member {
     pub fn stop_reading(&self) -> bool {
         let mut state = lock(&self.state);
         state.waiting = None;
-        self.is_armed.load(Ordering::Acquire)
+        self.is_armed()
     }
 
     /// Resolves when no read of ours is under way.
     pub async fn quiet(&self) {
         loop {
             let disarmed = self.disarmed.notified();
-            if !self.is_armed.load(Ordering::Acquire) {
+            if !self.is_armed() {
                 return;
             }
             disarmed.await;
         }
     }
 
-    fn read_command(&self, room: usize, from: &str) -> Cmd {
+    fn is_armed(&self) -> bool {
+        self.is_armed.load(Ordering::Acquire)
+    }
+
+    fn read_command(&self, room: usize) -> Cmd {
         let mut command = redis::cmd("XREADGROUP");
         command.arg("GROUP").arg(&*self.group).arg(&self.consumer).arg("COUNT").arg(room.max(1));
-        command.arg("STREAMS").arg(&self.partition.keys.events).arg(from);
+        command.arg("STREAMS").arg(&self.partition.keys.events).arg(">");
         command
     }
 
@@ -257,7 +265,7 @@ impl Member {
     async fn read(&self, room: usize) -> Result<(), Failure> {
         let sent = time::boot_ms();
         let room = self.ask(room);
-        let command = self.read_command(room, ">");
+        let command = self.read_command(room);
         let entries = match self.partition.work.run(&command, self.partition.patience()).await {
             Ok(answer) => value::read(answer)?,
             Err(failure) => return self.failed(failure).await,
@@ -400,38 +408,48 @@ impl Member {
         Ok(())
     }
 
-    /// Finds entries of ours that we do not know: a read was executed and its answer lost.
+    /// Finds entries of ours that we do not know: a read was executed and its answer lost. Not by `XREADGROUP … 0`: it
+    /// counts another delivery of all that it shows, and what handlers have would lose its fence.
     async fn recover(&self) -> Result<(), Failure> {
-        let mut from = Id::default();
+        let mut from = "-".to_owned();
         loop {
             let sent = time::boot_ms();
-            let command = self.read_command(1000, &from.to_string());
-            let entries = match self.partition.work.run(&command, self.partition.patience()).await {
-                Ok(answer) => value::read(answer)?,
+            let command = self.pending_command(&from, "+", 1000);
+            let rows = match self.partition.work.run(&command, self.partition.patience()).await {
+                Ok(rows) => value::pending(rows)?,
                 Err(failure) => return self.failed(failure).await,
             };
-            let Some(last) = entries.last().map(|entry| entry.id) else { break };
-            for mut entry in entries.into_iter().filter(|entry| !self.hold.holds_entry(self.index, entry.id)) {
-                let mut pending = redis::cmd("XPENDING");
-                pending.arg(&self.partition.keys.events).arg(&*self.group);
-                pending.arg(entry.id.to_string()).arg(entry.id.to_string()).arg(1);
-                let rows = value::list(self.partition.work.run(&pending, self.partition.patience()).await?)?;
-                let Some(row) = rows.into_iter().next() else { continue };
-                let count = value::list(row)?.into_iter().nth(3).map_or(Ok(1), value::number)?.max(1).unsigned_abs();
-                if entry.fields.is_empty() {
-                    lock(&self.state).skipped.push(entry.id); // a limit of the user removed it
-                    lock(&self.state).expired += 1;
+            let Some((last, _)) = rows.last() else { break };
+            from = format!("({last}");
+            for (id, _) in rows.into_iter().filter(|(id, _)| !self.hold.holds_entry(self.index, *id)) {
+                // Again, with the entry: it may have been settled a moment ago.
+                let mut commands = Pipeline::new();
+                commands.add_command(self.pending_command(&id.to_string(), &id.to_string(), 1));
+                commands.cmd("XRANGE").arg(&self.partition.keys.events).arg(id.to_string()).arg(id.to_string());
+                let mut answers = self.partition.work.run_all(&commands, self.partition.patience()).await?.into_iter();
+                let mut answer = || answers.next().map_or(Ok(Value::Nil), fault::check);
+                let Some((_, count)) = value::pending(answer()?)?.pop() else { continue };
+                let mut state = lock(&self.state);
+                let Some(mut entry) = value::entries(answer()?)?.pop() else {
+                    state.skipped.push(id); // a limit of the user removed it
+                    state.expired += 1;
                     continue;
-                }
+                };
+                drop(state);
                 let event_type = entry.take("t");
-                let place = Place::Pending { id: entry.id, count };
+                let place = Place::Pending { id, count };
                 // It may have been idle for long: not ours to settle without a fence until the next heartbeat.
                 self.keep(entry, event_type, place, u32::try_from(count).unwrap_or(u32::MAX), sent - self.lease);
             }
-            from = last;
         }
         lock(&self.state).recover = false;
         Ok(())
+    }
+
+    fn pending_command(&self, from: &str, to: &str, count: usize) -> Cmd {
+        let mut command = redis::cmd("XPENDING");
+        command.arg(&self.partition.keys.events).arg(&*self.group).arg(from).arg(to).arg(count).arg(&self.consumer);
+        command
     }
 
     async fn claim(&self, room: usize) -> Result<(), Failure> {
@@ -556,7 +574,7 @@ impl Waiter for Member {
             self.is_armed.store(true, Ordering::Release);
             room
         };
-        Some(self.read_command(self.ask(room), ">"))
+        Some(self.read_command(self.ask(room)))
     }
 
     fn waits(&self) -> bool {
@@ -594,6 +612,9 @@ impl Waiter for Member {
     fn disarmed(&self) {
         self.is_armed.store(false, Ordering::Release);
         self.disarmed.notify_waiters();
+        if lock(&self.state).recover {
+            self.hold.arrived.notify_one();
+        }
     }
 }
 
