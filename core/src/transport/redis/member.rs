@@ -330,7 +330,6 @@ impl Member {
     /// Sorts what a read brought: wanted ones into the hold, the rest to be skipped. `seen` is the end of the log before
     /// the read, if that is known.
     fn receive(&self, entries: Vec<Entry>, asked: usize, sent: i64, seen: Option<Id>) {
-        let now = self.partition.now();
         let mut state = lock(&self.state);
         state.fresh = entries.len() >= asked;
         match entries.last() {
@@ -340,24 +339,29 @@ impl Member {
             }
             None => state.position = state.position.max(seen.unwrap_or_default()),
         }
-        for mut entry in entries {
-            let expired = entry.number("x").is_some_and(|at| at <= now);
-            let event_type = entry.take("t");
-            let wanted = event_type
-                .as_ref()
-                .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
+        for entry in entries {
+            let wanted = self.sort(&mut state, entry, 1, sent);
             state.wanted += (f64::from(u8::from(wanted)) - state.wanted) / 32.0;
-            if !wanted || expired {
-                state.expired += usize::from(wanted);
-                state.skipped.push(entry.id);
-                continue;
-            }
-            let place = Place::Pending { id: entry.id, count: 1 };
-            self.keep(entry, event_type, place, 1, sent);
         }
     }
 
-    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, place: Place, attempt: u32, sent: i64) {
+    /// Keeps an entry of ours, delivered `count` times, if the group wants it. Whether it does.
+    fn sort(&self, state: &mut State, mut entry: Entry, count: u64, sent: i64) -> bool {
+        let expired = entry.number("x").is_some_and(|at| at <= self.partition.now());
+        let event_type = entry.take("t");
+        let wanted = event_type
+            .as_ref()
+            .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
+        if wanted && !expired {
+            self.keep(entry, event_type, count, sent);
+        } else {
+            state.expired += usize::from(wanted);
+            state.skipped.push(entry.id);
+        }
+        wanted
+    }
+
+    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, count: u64, sent: i64) {
         let codec_name = entry.take("c");
         // Without the event, whatever is there stands for it in the dead letter.
         let event = entry.take("e").unwrap_or_else(|| {
@@ -366,10 +370,10 @@ impl Member {
         });
         let held = Held {
             partition: self.index,
-            place,
+            place: Place::Pending { id: entry.id, count },
             event_type: event_type.unwrap_or_default(),
             event,
-            attempt,
+            attempt: u32::try_from(count).unwrap_or(u32::MAX),
             first_failed: None,
             until: sent + self.lease,
         };
@@ -430,16 +434,13 @@ impl Member {
                 let mut answer = || answers.next().map_or(Ok(Value::Nil), fault::check);
                 let Some((_, count)) = value::pending(answer()?)?.pop() else { continue };
                 let mut state = lock(&self.state);
-                let Some(mut entry) = value::entries(answer()?)?.pop() else {
+                let Some(entry) = value::entries(answer()?)?.pop() else {
                     state.skipped.push(id); // a limit of the user removed it
                     state.expired += 1;
                     continue;
                 };
-                drop(state);
-                let event_type = entry.take("t");
-                let place = Place::Pending { id, count };
                 // It may have been idle for long: not ours to settle without a fence until the next heartbeat.
-                self.keep(entry, event_type, place, u32::try_from(count).unwrap_or(u32::MAX), sent - self.lease);
+                self.sort(&mut state, entry, count, sent - self.lease);
             }
         }
         lock(&self.state).recover = false;
@@ -467,10 +468,7 @@ impl Member {
         let mut claimed = 0;
         while let (Some(id), Some(count), Some(fields)) = (facts.next(), facts.next(), facts.next()) {
             let (id, count) = (value::id(id)?, value::number(count)?.max(1).unsigned_abs());
-            let mut entry = value::entry_of(id, fields)?;
-            let event_type = entry.take("t");
-            let attempt = u32::try_from(count).unwrap_or(u32::MAX);
-            self.keep(entry, event_type, Place::Pending { id, count }, attempt, sent);
+            self.sort(&mut lock(&self.state), value::entry_of(id, fields)?, count, sent);
             claimed += 1;
         }
         if claimed > 0 {
