@@ -84,6 +84,24 @@ async fn a_loss_is_noticed_without_an_event() {
     assert_eq!((payload(&mail.next().await), payload(&audit.next().await)), ("1".into(), "1".into()));
 }
 
+/// Its neighbour on the same bus has made everything new by the time it looks.
+#[tokio::test]
+async fn a_busy_subscription_recovers_after_another() {
+    let server = RedisServer::start();
+    let bus = bus(&server.url());
+    let gate = Gate::new();
+    let (_audit, mut audit) = wait_at(&gate, &bus, one_by_one("audit"), || Outcome::Done).await;
+    let (_mail, mut mail) = subscribe(&bus, "*", one_by_one("mail"), |_| Outcome::Done).await;
+    publish(&bus, "order.created", "0").await;
+    assert_eq!((payload(&audit.next().await), payload(&mail.next().await)), ("0".into(), "0".into()));
+    server.cli(&["FLUSHALL"]);
+    publish(&bus, "order.created", "1").await;
+    assert_eq!(payload(&mail.next().await), "1");
+    gate.open(9);
+    assert_eq!(payload(&audit.next().await), "1");
+    assert_eq!(counted(&bus, "stream_resets_total"), 2);
+}
+
 #[tokio::test]
 async fn a_group_that_was_deleted_on_purpose_stays_deleted() {
     let server = RedisServer::start();
