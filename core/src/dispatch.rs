@@ -344,10 +344,7 @@ impl Dispatcher {
     fn count_lost(&self, lost: usize) {
         if lost > 0 {
             self.counters.leases_lost.fetch_add(lost as u64, Ordering::Relaxed);
-            log::warn!(
-                "{}: {lost} leases were lost; other processes handle these deliveries again",
-                self.rules.label
-            );
+            log::warn!("{}: {lost} leases were lost; other processes handle these deliveries again", self.rules.label);
         }
     }
 

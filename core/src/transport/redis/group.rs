@@ -45,8 +45,7 @@ pub(super) async fn join(partition: &Partition, spec: &GroupSpec, before: Option
         "pattern": spec.pattern.as_str(), "service": &*spec.service, "subscription": &*spec.subscription, "start": start,
     });
     let fresh = format!("{:016x}", fastrand::u64(..));
-    let (known, cursor) =
-        before.map_or_else(Default::default, |before| (before.epoch, before.delivered.to_string()));
+    let (known, cursor) = before.map_or_else(Default::default, |before| (before.epoch, before.delivered.to_string()));
     let mut command = scripts::JOIN.call(&[&keys.events, &keys.groups, &keys.meta, &keys.bell]);
     command.arg(&*spec.group).arg(facts.to_string()).arg(start).arg(fresh).arg(known);
     command.arg(cursor);

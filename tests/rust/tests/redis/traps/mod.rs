@@ -60,12 +60,7 @@ impl Gate {
 }
 
 /// Subscribes a handler that waits at the gate and then answers with `outcome`.
-async fn wait_at(
-    gate: &Gate,
-    bus: &Bus,
-    options: SubscribeOptions,
-    outcome: fn() -> Outcome,
-) -> (Subscription, Seen) {
+async fn wait_at(gate: &Gate, bus: &Bus, options: SubscribeOptions, outcome: fn() -> Outcome) -> (Subscription, Seen) {
     let gate = gate.clone();
     let run = move |_: &_| {
         let gate = gate.clone();
