@@ -146,7 +146,6 @@ async fn lag(partition: &Partition, pattern: &Pattern, mut from: String) -> Resu
 }
 
 /// How often each type stands after `from` and up to `to`, in one step; where the next step begins.
-#[expect(clippy::type_complexity, reason = "read in two places")]
 pub(super) async fn types(
     partition: &Partition,
     from: &str,

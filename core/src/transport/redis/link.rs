@@ -321,7 +321,7 @@ impl Link {
             let live = self.live(deadline).await?;
             let mut connection = live.connection;
             let answer = timeout_at(deadline, connection.req_packed_command(command)).await;
-            match self.judge(live.number, answer.map(|answer| Ok(fault::check(answer?)?))) {
+            match self.judge(live.number, answer.map(|answer| fault::check(answer?))) {
                 Err(failure) if failure.again && Instant::now() + AGAIN < deadline => tokio::time::sleep(AGAIN).await,
                 other => return other,
             }

@@ -271,7 +271,8 @@ impl Member {
             Err(failure) => return self.failed(failure).await,
         };
         if !entries.is_empty() {
-            return Ok(self.receive(entries, room, sent, None));
+            self.receive(entries, room, sent, None);
+            return Ok(());
         }
         let keys = &self.partition.keys;
         let mut commands = Pipeline::new();
@@ -292,9 +293,10 @@ impl Member {
             Err(failure) => return Err(failure),
         };
         match answers.next().map_or(Ok(Value::Nil), fault::check) {
-            Ok(answer) => Ok(self.receive(value::read(answer)?, room, sent, Some(look.last))),
-            Err(failure) => self.failed(failure).await,
+            Ok(answer) => self.receive(value::read(answer)?, room, sent, Some(look.last)),
+            Err(failure) => return self.failed(failure).await,
         }
+        Ok(())
     }
 
     /// How many entries to ask for, so that about `room` of them are wanted: a group that wants one event in a hundred
