@@ -129,7 +129,7 @@ impl Dispatcher {
                     settling = None;
                     held.settling = 0;
                     match settled {
-                        Ok(lost) => { failures = 0; self.count_lost(&lost); }
+                        Ok(lost) => { failures = 0; self.count_lost(lost.len()); }
                         // The verdicts stay ours until they are stored or the lease is lost: nothing is forgotten.
                         Err(error) if error.kind() == ErrorKind::BusClosed => {}
                         Err(error) if draining => log::warn!("{}: not settled before close, will be redelivered: {error}", self.rules.label),
@@ -333,21 +333,18 @@ impl Dispatcher {
         if lost.is_empty() {
             return;
         }
-        self.count_lost(lost);
+        // Those of jobs that ended meanwhile are settled, or their verdict tells.
         let ids: Vec<u64> =
             held.running.iter().filter(|(_, running)| lost.contains(&running.lease)).map(|(id, _)| *id).collect();
+        self.count_lost(ids.len());
         ids.iter().for_each(|id| drop(held.running.remove(id)));
         self.handler.cancel(&ids, CancelReason::LeaseLost);
     }
 
-    fn count_lost(&self, lost: &[Lease]) {
-        if !lost.is_empty() {
-            self.counters.leases_lost.fetch_add(lost.len() as u64, Ordering::Relaxed);
-            log::warn!(
-                "{}: {} leases were lost; other processes handle these deliveries again",
-                self.rules.label,
-                lost.len()
-            );
+    fn count_lost(&self, lost: usize) {
+        if lost > 0 {
+            self.counters.leases_lost.fetch_add(lost as u64, Ordering::Relaxed);
+            log::warn!("{}: {lost} leases were lost; other processes handle these deliveries again", self.rules.label);
         }
     }
 

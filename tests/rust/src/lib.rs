@@ -137,11 +137,21 @@ pub async fn subscribe(
     options: SubscribeOptions,
     say: impl Fn(&Job) -> Outcome + Send + Sync + 'static,
 ) -> (Subscription, Seen) {
+    attend(bus, pattern, options, move |job| std::future::ready(say(job))).await
+}
+
+/// As [`subscribe`], with a handler that takes its time.
+pub async fn attend<R: Future<Output = Outcome> + Send + 'static>(
+    bus: &Bus,
+    pattern: &str,
+    options: SubscribeOptions,
+    run: impl Fn(&Job) -> R + Send + Sync + 'static,
+) -> (Subscription, Seen) {
     let (sender, receiver) = unbounded_channel();
     let handler = from_fn(move |job: Job| {
-        let outcome = say(&job);
+        let outcome = run(&job);
         drop(sender.send(job)); // nobody listens any more: fine
-        std::future::ready(outcome)
+        outcome
     });
     (bus.subscribe(pattern, handler, options).await.unwrap(), Seen(receiver))
 }

@@ -96,7 +96,7 @@ fn explain(cause: RedisError, code: &str) -> Error {
     error.caused_by(cause)
 }
 
-/// The server's error inside a pipeline's reply.
+/// The server's error, which the library hands out as an answer: of a single command, and inside a pipeline's reply.
 pub(super) fn check(value: Value) -> Result<Value, Failure> {
     match value {
         Value::ServerError(error) => Err(RedisError::from(error).into()),

@@ -125,9 +125,16 @@ impl Hold {
         }
     }
 
-    /// Nothing of what waits here was seen by a handler: it is given back with the rest.
-    pub fn clear_ready(&self) {
-        lock(&self.ready).clear();
+    /// What waits here was seen by no handler.
+    pub fn take_ready(&self) -> Vec<Delivery> {
+        lock(&self.ready).drain(..).collect()
+    }
+
+    /// After all: for the next `take`.
+    pub fn put_ready(&self, deliveries: Vec<Delivery>) {
+        let ours = deliveries.into_iter().filter(|delivery| self.get(delivery.lease).is_some());
+        lock(&self.ready).extend(ours);
+        self.arrived.notify_one();
     }
 }
 

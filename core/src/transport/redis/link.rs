@@ -84,7 +84,7 @@ impl Server {
         let mut connection = open(&self.address.server(&place)?, &config, &place).await?;
         if matches!(self.address.layout, Layout::Sentinel(_)) {
             // A sentinel may not have noticed yet that this one was demoted.
-            let role = value::list(connection.req_packed_command(&redis::cmd("ROLE")).await?)?;
+            let role = value::list(fault::check(connection.req_packed_command(&redis::cmd("ROLE")).await?)?)?;
             if role.into_iter().next().map(value::text).transpose()?.as_deref() != Some("master") {
                 return Err(
                     Error::connection_failed(format!("{}:{} is not the master any more", place.0, place.1)).into()
@@ -144,8 +144,9 @@ impl Server {
     async fn ask_owner(&self, seed: &(String, u16), key: &str) -> Result<(String, u16), Failure> {
         let mut node = open(&self.address.server(seed)?, &plain(), seed).await?;
         let mut ask = redis::cmd("CLUSTER");
-        let slot = value::number(node.req_packed_command(ask.arg("KEYSLOT").arg(key)).await?)?;
-        let ranges = value::list(node.req_packed_command(redis::cmd("CLUSTER").arg("SLOTS")).await?)?;
+        let slot = value::number(fault::check(node.req_packed_command(ask.arg("KEYSLOT").arg(key)).await?)?)?;
+        let ranges = node.req_packed_command(redis::cmd("CLUSTER").arg("SLOTS")).await?;
+        let ranges = value::list(fault::check(ranges)?)?;
         for range in ranges {
             let mut range = value::list(range)?.into_iter();
             let (first, last) = (range.next().map(value::number), range.next().map(value::number));
@@ -170,7 +171,7 @@ impl Server {
     }
 
     async fn ask(&self, client: redis::Client, place: &(String, u16), command: &Cmd) -> Result<Value, Failure> {
-        Ok(open(&client, &plain(), place).await?.req_packed_command(command).await?)
+        fault::check(open(&client, &plain(), place).await?.req_packed_command(command).await?)
     }
 
     /// Notes how an attempt ended; says so when that is news.
@@ -325,7 +326,7 @@ impl Link {
             let live = self.live(deadline).await?;
             let mut connection = live.connection;
             let answer = timeout_at(deadline, connection.req_packed_command(command)).await;
-            match self.judge(live.number, answer) {
+            match self.judge(live.number, answer.map(|answer| fault::check(answer?))) {
                 Err(failure) if failure.again && Instant::now() + AGAIN < deadline => tokio::time::sleep(AGAIN).await,
                 other => return other,
             }
@@ -339,7 +340,7 @@ impl Link {
         let atomic = commands.is_transaction();
         let (offset, count) = if atomic { (commands.len() + 1, 1) } else { (0, commands.len()) };
         let answer = timeout_at(deadline, connection.req_packed_commands(commands, offset, count)).await;
-        self.judge(live.number, answer)
+        self.judge(live.number, answer.map(|answer| Ok(answer?)))
     }
 
     /// Runs a script.
@@ -357,11 +358,11 @@ impl Link {
     fn judge<T>(
         &self,
         number: u64,
-        answer: std::result::Result<redis::RedisResult<T>, tokio::time::error::Elapsed>,
+        answer: std::result::Result<Result<T, Failure>, tokio::time::error::Elapsed>,
     ) -> Result<T, Failure> {
         let failure = match answer {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(cause)) => Failure::from(cause),
+            Ok(Err(failure)) => failure,
             Err(_) => {
                 let place = self.server.address.describe();
                 let late = Error::connection_failed(format!("Redis at {place} did not answer in time"));

@@ -2,7 +2,7 @@
 //!
 //! Work reaches a member in four ways, and [`Member::look`] tries them in this order:
 //! 1. **due**: retries, what was given back, replays, and what dead owners held of these (script `due`);
-//! 2. **recover**: entries of our own that a broken connection kept from us (`XREADGROUP … 0`);
+//! 2. **recover**: entries of our own that a broken connection kept from us (`XPENDING`);
 //! 3. **claim**: entries in the pending lists of consumers that stopped their heartbeat (script `claim`);
 //! 4. **read**: new entries (`XREADGROUP … >`), directly or behind the doorbell.
 //!
@@ -58,6 +58,8 @@ struct State {
     pattern: Pattern,
     /// The newest entry that this member was given, or where the group stood when it joined.
     cursor: Id,
+    /// When it joined last. Not the partition's, which is new as soon as one of its groups was made again.
+    epoch: String,
     /// The group was given everything at or before this.
     position: Id,
     /// There may be entries after `position`.
@@ -90,11 +92,12 @@ impl Member {
         hold: Arc<Hold>,
         max_payload: usize,
     ) -> Result<Arc<Self>> {
-        let cursor = group::join(&partition, &spec, None).await?;
+        let group::Joined { delivered: cursor, epoch } = group::join(&partition, &spec, None).await?;
         let lease = time::millis(spec.lease).max(1);
         let state = State {
             pattern: spec.pattern.clone(),
             cursor,
+            epoch,
             position: cursor,
             fresh: true,
             recover: false,
@@ -194,7 +197,8 @@ impl Member {
                 other => other?,
             }
         }
-        if lock(&self.state).recover {
+        // What a read behind the doorbell is about to bring would look lost.
+        if lock(&self.state).recover && !self.is_armed() {
             self.recover().await?;
         }
         if lock(&self.state).claim_at <= time::boot_ms() {
@@ -211,8 +215,11 @@ impl Member {
     pub fn wait(self: &Arc<Self>, room: usize) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.fresh || state.recover || state.doubt || !state.skipped.is_empty() {
+            if state.fresh || state.doubt || !state.skipped.is_empty() {
                 return false;
+            }
+            if state.recover {
+                return self.is_armed(); // its end rings
             }
             state.waiting = Some(room);
         }
@@ -228,24 +235,28 @@ impl Member {
     pub fn stop_reading(&self) -> bool {
         let mut state = lock(&self.state);
         state.waiting = None;
-        self.is_armed.load(Ordering::Acquire)
+        self.is_armed()
     }
 
     /// Resolves when no read of ours is under way.
     pub async fn quiet(&self) {
         loop {
             let disarmed = self.disarmed.notified();
-            if !self.is_armed.load(Ordering::Acquire) {
+            if !self.is_armed() {
                 return;
             }
             disarmed.await;
         }
     }
 
-    fn read_command(&self, room: usize, from: &str) -> Cmd {
+    fn is_armed(&self) -> bool {
+        self.is_armed.load(Ordering::Acquire)
+    }
+
+    fn read_command(&self, room: usize) -> Cmd {
         let mut command = redis::cmd("XREADGROUP");
         command.arg("GROUP").arg(&*self.group).arg(&self.consumer).arg("COUNT").arg(room.max(1));
-        command.arg("STREAMS").arg(&self.partition.keys.events).arg(from);
+        command.arg("STREAMS").arg(&self.partition.keys.events).arg(">");
         command
     }
 
@@ -254,13 +265,14 @@ impl Member {
     async fn read(&self, room: usize) -> Result<(), Failure> {
         let sent = time::boot_ms();
         let room = self.ask(room);
-        let command = self.read_command(room, ">");
+        let command = self.read_command(room);
         let entries = match self.partition.work.run(&command, self.partition.patience()).await {
             Ok(answer) => value::read(answer)?,
             Err(failure) => return self.failed(failure).await,
         };
         if !entries.is_empty() {
-            return Ok(self.receive(entries, room, sent, None));
+            self.receive(entries, room, sent, None);
+            return Ok(());
         }
         let keys = &self.partition.keys;
         let mut commands = Pipeline::new();
@@ -281,9 +293,10 @@ impl Member {
             Err(failure) => return Err(failure),
         };
         match answers.next().map_or(Ok(Value::Nil), fault::check) {
-            Ok(answer) => Ok(self.receive(value::read(answer)?, room, sent, Some(look.last))),
-            Err(failure) => self.failed(failure).await,
+            Ok(answer) => self.receive(value::read(answer)?, room, sent, Some(look.last)),
+            Err(failure) => return self.failed(failure).await,
         }
+        Ok(())
     }
 
     /// How many entries to ask for, so that about `room` of them are wanted: a group that wants one event in a hundred
@@ -299,21 +312,26 @@ impl Member {
             let mut state = lock(&self.state);
             (state.recover, state.fresh) = (true, true);
         }
-        if !failure.no_group {
-            return Err(failure);
-        }
-        let cursor = lock(&self.state).cursor;
-        let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
+        if failure.no_group { self.join_again().await } else { Err(failure) }
+    }
+
+    /// Deleted by somebody, or lost by the server: joining again tells.
+    async fn join_again(&self) -> Result<(), Failure> {
+        let before = {
+            let state = lock(&self.state);
+            group::Joined { delivered: state.cursor, epoch: state.epoch.clone() }
+        };
+        let joined = group::join(&self.partition, &self.spec, Some(before)).await?;
         self.partition.reset(&self.group);
         let mut state = lock(&self.state);
-        (state.cursor, state.position, state.fresh) = (start, start, true);
+        (state.cursor, state.position, state.fresh) = (joined.delivered, joined.delivered, true);
+        state.epoch = joined.epoch;
         Ok(())
     }
 
     /// Sorts what a read brought: wanted ones into the hold, the rest to be skipped. `seen` is the end of the log before
     /// the read, if that is known.
     fn receive(&self, entries: Vec<Entry>, asked: usize, sent: i64, seen: Option<Id>) {
-        let now = self.partition.now();
         let mut state = lock(&self.state);
         state.fresh = entries.len() >= asked;
         match entries.last() {
@@ -323,24 +341,29 @@ impl Member {
             }
             None => state.position = state.position.max(seen.unwrap_or_default()),
         }
-        for mut entry in entries {
-            let expired = entry.number("x").is_some_and(|at| at <= now);
-            let event_type = entry.take("t");
-            let wanted = event_type
-                .as_ref()
-                .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
+        for entry in entries {
+            let wanted = self.sort(&mut state, entry, 1, sent);
             state.wanted += (f64::from(u8::from(wanted)) - state.wanted) / 32.0;
-            if !wanted || expired {
-                state.expired += usize::from(wanted);
-                state.skipped.push(entry.id);
-                continue;
-            }
-            let place = Place::Pending { id: entry.id, count: 1 };
-            self.keep(entry, event_type, place, 1, sent);
         }
     }
 
-    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, place: Place, attempt: u32, sent: i64) {
+    /// Keeps an entry of ours, delivered `count` times, if the group wants it. Whether it does.
+    fn sort(&self, state: &mut State, mut entry: Entry, count: u64, sent: i64) -> bool {
+        let expired = entry.number("x").is_some_and(|at| at <= self.partition.now());
+        let event_type = entry.take("t");
+        let wanted = event_type
+            .as_ref()
+            .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
+        if wanted && !expired {
+            self.keep(entry, event_type, count, sent);
+        } else {
+            state.expired += usize::from(wanted);
+            state.skipped.push(entry.id);
+        }
+        wanted
+    }
+
+    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, count: u64, sent: i64) {
         let codec_name = entry.take("c");
         // Without the event, whatever is there stands for it in the dead letter.
         let event = entry.take("e").unwrap_or_else(|| {
@@ -349,10 +372,10 @@ impl Member {
         });
         let held = Held {
             partition: self.index,
-            place,
+            place: Place::Pending { id: entry.id, count },
             event_type: event_type.unwrap_or_default(),
             event,
-            attempt,
+            attempt: u32::try_from(count).unwrap_or(u32::MAX),
             first_failed: None,
             until: sent + self.lease,
         };
@@ -391,38 +414,45 @@ impl Member {
         Ok(())
     }
 
-    /// Finds entries of ours that we do not know: a read was executed and its answer lost.
+    /// Finds entries of ours that we do not know: a read was executed and its answer lost. Not by `XREADGROUP … 0`: it
+    /// counts another delivery of all that it shows, and what handlers have would lose its fence.
     async fn recover(&self) -> Result<(), Failure> {
-        let mut from = Id::default();
+        let mut from = "-".to_owned();
         loop {
             let sent = time::boot_ms();
-            let command = self.read_command(1000, &from.to_string());
-            let entries = match self.partition.work.run(&command, self.partition.patience()).await {
-                Ok(answer) => value::read(answer)?,
+            let command = self.pending_command(&from, "+", 1000);
+            let rows = match self.partition.work.run(&command, self.partition.patience()).await {
+                Ok(rows) => value::pending(rows)?,
                 Err(failure) => return self.failed(failure).await,
             };
-            let Some(last) = entries.last().map(|entry| entry.id) else { break };
-            for mut entry in entries.into_iter().filter(|entry| !self.hold.holds_entry(self.index, entry.id)) {
-                let mut pending = redis::cmd("XPENDING");
-                pending.arg(&self.partition.keys.events).arg(&*self.group);
-                pending.arg(entry.id.to_string()).arg(entry.id.to_string()).arg(1);
-                let rows = value::list(self.partition.work.run(&pending, self.partition.patience()).await?)?;
-                let Some(row) = rows.into_iter().next() else { continue };
-                let count = value::list(row)?.into_iter().nth(3).map_or(Ok(1), value::number)?.max(1).unsigned_abs();
-                if entry.fields.is_empty() {
-                    lock(&self.state).skipped.push(entry.id); // a limit of the user removed it
-                    lock(&self.state).expired += 1;
+            let Some((last, _)) = rows.last() else { break };
+            from = format!("({last}");
+            for (id, _) in rows.into_iter().filter(|(id, _)| !self.hold.holds_entry(self.index, *id)) {
+                // Again, with the entry: it may have been settled a moment ago.
+                let mut commands = Pipeline::new();
+                commands.add_command(self.pending_command(&id.to_string(), &id.to_string(), 1));
+                commands.cmd("XRANGE").arg(&self.partition.keys.events).arg(id.to_string()).arg(id.to_string());
+                let mut answers = self.partition.work.run_all(&commands, self.partition.patience()).await?.into_iter();
+                let mut answer = || answers.next().map_or(Ok(Value::Nil), fault::check);
+                let Some((_, count)) = value::pending(answer()?)?.pop() else { continue };
+                let mut state = lock(&self.state);
+                let Some(entry) = value::entries(answer()?)?.pop() else {
+                    state.skipped.push(id); // a limit of the user removed it
+                    state.expired += 1;
                     continue;
-                }
-                let event_type = entry.take("t");
-                let place = Place::Pending { id: entry.id, count };
+                };
                 // It may have been idle for long: not ours to settle without a fence until the next heartbeat.
-                self.keep(entry, event_type, place, u32::try_from(count).unwrap_or(u32::MAX), sent - self.lease);
+                self.sort(&mut state, entry, count, sent - self.lease);
             }
-            from = last;
         }
         lock(&self.state).recover = false;
         Ok(())
+    }
+
+    fn pending_command(&self, from: &str, to: &str, count: usize) -> Cmd {
+        let mut command = redis::cmd("XPENDING");
+        command.arg(&self.partition.keys.events).arg(&*self.group).arg(from).arg(to).arg(count).arg(&self.consumer);
+        command
     }
 
     async fn claim(&self, room: usize) -> Result<(), Failure> {
@@ -440,10 +470,7 @@ impl Member {
         let mut claimed = 0;
         while let (Some(id), Some(count), Some(fields)) = (facts.next(), facts.next(), facts.next()) {
             let (id, count) = (value::id(id)?, value::number(count)?.max(1).unsigned_abs());
-            let mut entry = value::entry_of(id, fields)?;
-            let event_type = entry.take("t");
-            let attempt = u32::try_from(count).unwrap_or(u32::MAX);
-            self.keep(entry, event_type, Place::Pending { id, count }, attempt, sent);
+            self.sort(&mut lock(&self.state), value::entry_of(id, fields)?, count, sent);
             claimed += 1;
         }
         if claimed > 0 {
@@ -505,12 +532,8 @@ impl Member {
         ask.arg(&self.partition.keys.groups).arg(&*self.group);
         let facts = self.partition.work.run(&ask, self.partition.patience()).await?;
         if facts == Value::Nil {
-            let cursor = lock(&self.state).cursor;
-            // Deleted by somebody, or lost by the server: joining again tells.
-            let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
-            self.partition.reset(&self.group);
-            let mut state = lock(&self.state);
-            (state.cursor, state.position, state.fresh, state.doubt) = (start, start, true, false);
+            self.join_again().await?;
+            lock(&self.state).doubt = false;
             return Ok(());
         }
         let pattern = group::pattern(&value::text(facts)?)?;
@@ -551,7 +574,7 @@ impl Waiter for Member {
             self.is_armed.store(true, Ordering::Release);
             room
         };
-        Some(self.read_command(self.ask(room), ">"))
+        Some(self.read_command(self.ask(room)))
     }
 
     fn waits(&self) -> bool {
@@ -589,6 +612,9 @@ impl Waiter for Member {
     fn disarmed(&self) {
         self.is_armed.store(false, Ordering::Release);
         self.disarmed.notify_waiters();
+        if lock(&self.state).recover {
+            self.hold.arrived.notify_one();
+        }
     }
 }
 

@@ -115,7 +115,7 @@ impl Member {
             return Ok(());
         }
         let keys = &self.partition.keys;
-        let mut command = scripts::HEARTBEAT.call(&[&keys.events, &self.keys.held, &self.keys.work]);
+        let mut command = scripts::HEARTBEAT.call(&[&keys.events, &self.keys.held, &self.keys.work, &keys.counts]);
         command.arg(&*self.group).arg(&self.consumer).arg(self.lease);
         for (_, place) in &held {
             match place {

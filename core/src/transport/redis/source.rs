@@ -1,7 +1,7 @@
 //! One subscription's hold on its group, over all partitions of the bus.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -27,7 +27,18 @@ struct Shared {
     members: Vec<Arc<Member>>,
     /// Where the next look begins, so that no partition is always the last.
     turn: AtomicUsize,
+    /// A `take` is under way.
+    taking: AtomicBool,
     closed: watch::Sender<bool>,
+}
+
+/// Says when a `take` has ended, also by being dropped.
+struct Taking<'a>(&'a AtomicBool);
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// Joins the group of `spec` in every partition.
@@ -50,6 +61,7 @@ pub(super) async fn join(
         hold,
         members,
         turn: AtomicUsize::new(0),
+        taking: AtomicBool::new(false),
         closed: watch::Sender::new(false),
     }))))
 }
@@ -57,6 +69,8 @@ pub(super) async fn join(
 impl Shared {
     async fn take(self: Arc<Self>, max: usize) -> Result<Vec<Delivery>> {
         let mut closing = self.closed.subscribe();
+        self.taking.store(true, Ordering::Release);
+        let _ends = Taking(&self.taking);
         loop {
             if *closing.borrow() {
                 return Err(closed());
@@ -64,6 +78,9 @@ impl Shared {
             let arrived = self.hold.arrived.notified();
             let ready = self.hold.ready(max);
             if !ready.is_empty() {
+                if ready.len() == max {
+                    self.full();
+                }
                 return Ok(ready);
             }
             // On a task of its own: a dropped `take` must not drop an answer that is under way.
@@ -93,6 +110,36 @@ impl Shared {
                 () = tokio::time::sleep(rest) => {}
                 _ = closing.changed() => {}
             }
+        }
+    }
+
+    /// There is no room for more until the next `take`. What came beyond it, or still comes from a read that stands at the
+    /// server, could run elsewhere, and is given back.
+    fn full(self: &Arc<Self>) {
+        let surplus = self.hold.take_ready();
+        let reads = self.members.iter().filter(|member| member.stop_reading()).count();
+        if surplus.is_empty() && reads == 0 {
+            return;
+        }
+        let shared = self.clone();
+        crate::process::current().runtime.spawn(async move {
+            shared.hand_on(surplus).await;
+            for member in &shared.members {
+                member.quiet().await;
+            }
+            if !shared.taking.load(Ordering::Acquire) {
+                shared.hand_on(shared.hold.take_ready()).await;
+            }
+        });
+    }
+
+    async fn hand_on(&self, surplus: Vec<Delivery>) {
+        if surplus.is_empty() {
+            return;
+        }
+        if let Err(cause) = self.settle(releases(surplus.iter().map(|delivery| delivery.lease))).await {
+            log::debug!("what there is no room for stays: {cause}");
+            self.hold.put_ready(surplus);
         }
     }
 
@@ -166,7 +213,7 @@ impl Shared {
     }
 
     async fn give_back(&self) {
-        self.hold.clear_ready();
+        drop(self.hold.take_ready());
         let left = releases(self.hold.all());
         if left.is_empty() {
             return;

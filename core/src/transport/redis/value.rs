@@ -108,6 +108,18 @@ fn entry(value: Value) -> Result<Entry> {
     }
 }
 
+/// The rows of `XPENDING` with a range: id and delivery count.
+pub(super) fn pending(value: Value) -> Result<Vec<(Id, u64)>> {
+    let rows = list(value)?.into_iter().map(|row| {
+        let mut row = list(row)?.into_iter();
+        match (row.next(), row.nth(2)) {
+            (Some(name), Some(count)) => Ok((id(name)?, number(count)?.max(1).unsigned_abs())),
+            _ => Err(strange("no pending entry")),
+        }
+    });
+    rows.collect()
+}
+
 /// An entry from its id and the list of its fields.
 pub(super) fn entry_of(id: Id, fields: Value) -> Result<Entry> {
     Ok(Entry { id, fields: pairs(fields)? })

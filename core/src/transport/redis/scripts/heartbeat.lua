@@ -1,10 +1,10 @@
 -- Keeps leases for another period; those that are not ours any more are left alone.
--- KEYS events held work
+-- KEYS events held work counts
 -- ARGV group | consumer | lease ms | then 3 for each: how it is held | id | fence
 -- Returns the numbers, from 0, of those that were lost.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local pending, renew, lost = {}, {}, {}
+local pending, renew, numbers, lost = {}, {}, {}, {}
 local rows = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 100000, ARGV[2])
 if not rows.err then
   for _, row in ipairs(rows) do pending[row[1]] = row[4] end
@@ -14,7 +14,7 @@ for at = 4, #ARGV, 3 do
   local ours
   if ARGV[at] == 'p' then
     ours = pending[id] == tonumber(fence)
-    if ours then renew[#renew + 1] = id end
+    if ours then renew[#renew + 1], numbers[id] = id, (at - 4) / 3 end
   else
     local facts = redis.call('HGET', KEYS[3], id .. ':facts')
     ours = facts and string.match(facts, '^%d+|[^|]*|([^|]*)|') == fence and redis.call('ZSCORE', KEYS[2], id)
@@ -27,6 +27,11 @@ for first = 1, #renew, 1000 do
   local command = { 'XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0 }
   for i = first, math.min(first + 999, #renew) do command[#command + 1] = renew[i] end
   command[#command + 1] = 'JUSTID'
-  redis.call(unpack(command))
+  for _, id in ipairs(redis.call(unpack(command))) do numbers[id] = nil end
+end
+-- What a limit of the user removed from the log is not pending any more, and comes back to nobody.
+for _, number in pairs(numbers) do
+  lost[#lost + 1] = number
+  redis.call('HINCRBY', KEYS[4], ARGV[1] .. ':expired', 1)
 end
 return lost
