@@ -140,7 +140,7 @@ fix: setup ## Format everything, and apply the fixes that lints offer
 
 # ---- run ----------------------------------------------------------------------------------------------------------
 
-.PHONY: demo demo-redis bench docs dist clean
+.PHONY: demo demo-redis bench bench-redis docs dist clean
 demo: setup build ## The main job: shop, warehouse and mailer on one bus; BUS=<url> chooses another
 	$(PY) examples/demo/run.py $(if $(BUS),--bus '$(BUS)')
 
@@ -150,9 +150,13 @@ demo-redis: setup build ## The main job on a redis-server of its own, started on
 bench: setup build bench/.venv/.installed ## Figures beside peers, in their own environment; rewrites bench/README.md
 	bench/.venv/bin/python bench/run.py $(ARGS)
 
-bench/.venv/.installed: $(wildcard bench/requirements.txt bench/package-lock.json) | $(VENV)
+bench-redis: setup build bench/.venv/.installed ## The same over Redis, beside its peers; wants redis-server
+	bench/.venv/bin/python bench/run.py --only redis $(ARGS)
+
+bench/.venv/.installed: $(wildcard bench/requirements*.txt bench/package-lock.json) | $(VENV)
 	[ -x bench/.venv/bin/python ] || $(PYTHON) -m venv bench/.venv
 	[ ! -e bench/requirements.txt ] || bench/.venv/bin/python -m pip install --quiet -r bench/requirements.txt
+	[ ! -e bench/requirements-arq.txt ] || bench/.venv/bin/python -m pip install --quiet --no-warn-conflicts --upgrade --target bench/.venv/arq -r bench/requirements-arq.txt
 	[ ! -e bench/package-lock.json ] || $(NPM_INSTALL) --prefix bench
 	echo '$(CURDIR)/bindings-python/python' > "$$(bench/.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/polybus.pth"
 	@touch $@

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from harness import Facts, alone, pair, pattern_example
+from harness import Facts, alone, crowd, pair, pattern_example
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Row:
     at_least: float | None = None
     at_most: float | None = None
     ratio_at_least: float | None = None
+    ratio_at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def end_to_end(ours: int, fast: int, slow: int) -> Measure:
     honker = partial(pair, "peer_honker.py", "peer_honker.py")
     flexiq = partial(pair, "peer_flexiq.py", "peer_flexiq.py")
     runners: dict[str, Callable[[], Facts]] = {
-        "Python": partial(pair, "sqlite_consume.py", "sqlite_produce.py", events=ours, durability="normal"),
-        "Node": partial(pair, "sqlite_consume.mjs", "sqlite_produce.mjs", events=ours, durability="normal"),
+        "Python": partial(pair, "consume_polybus.py", "produce_polybus.py", events=ours, durability="normal"),
+        "Node": partial(pair, "consume_polybus.mjs", "produce_polybus.mjs", events=ours, durability="normal"),
         "hand-written sqlite3": partial(pair, "peer_loop.py", "peer_loop.py", events=ours),
         "honker claim": partial(honker, how="claim", events=slow),
         "honker claim_batch": partial(honker, how="batch", events=fast),
@@ -116,10 +117,10 @@ def publish(one: int, many: int) -> Measure:
     floor = "sqlite3 commit loop"
     runners: dict[str, Callable[[], Facts]] = {floor: partial(alone, "sqlite_commits.py", events=one)}
     rows = []
-    for name, task in (("Python", "sqlite_publish.py"), ("Node", "sqlite_publish.mjs")):
+    for name, task in (("Python", "publish_polybus.py"), ("Node", "publish_polybus.mjs")):
         for publishers, events, ratio in ((1, one, 0.8), (64, many, 5)):
             runner = f"{name} {publishers}"
-            ask = {"events": events, "publishers": publishers, "durability": "full"}
+            ask: Facts = {"events": events, "publishers": publishers, "durability": "full"}
             runners[runner] = partial(alone, task, **ask)
             what = f"{name}, one awaited at a time" if publishers == 1 else f"{name}, {publishers} concurrent"
             rows.append(Row(what, f"{runner}.rate", f"{floor}.rate", ratio_at_least=ratio))
@@ -132,9 +133,9 @@ def latency(seconds: int) -> Measure:
     runners: dict[str, Callable[[], Facts]] = {}
     rows = []
     for durability in ("full", "normal"):
-        for name, consumer in (("Python → Python", "sqlite_consume.py"), ("Python → Node", "sqlite_consume.mjs")):
+        for name, consumer in (("Python → Python", "consume_polybus.py"), ("Python → Node", "consume_polybus.mjs")):
             runner = f"{name}, {durability}"
-            runners[runner] = partial(paced, consumer, "sqlite_produce.py", durability=durability)
+            runners[runner] = partial(paced, consumer, "produce_polybus.py", durability=durability)
             rows += [
                 Row(f"{runner}, {fact}", f"{runner}.{fact}", at_most=most) for fact, most in (("p50", 3), ("p99", 15))
             ]
@@ -155,8 +156,8 @@ def idle(seconds: int) -> Measure:
         "Idle: 20 subscriptions on a SQLite file",
         "% of a core",
         {
-            "Python": partial(alone, "idle_polybus.py", seconds=seconds),
-            "Node": partial(alone, "idle_polybus.mjs", seconds=seconds),
+            "Python": partial(crowd, "idle_polybus.py", 1, subscriptions=20, seconds=seconds),
+            "Node": partial(crowd, "idle_polybus.mjs", 1, subscriptions=20, seconds=seconds),
             "honker": partial(alone, "peer_honker.py", part="idle", seconds=seconds),
             "FlexiQ": partial(alone, "peer_flexiq.py", part="idle", seconds=seconds, latency=False, per_second=0),
         },

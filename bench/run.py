@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import re
@@ -11,10 +12,10 @@ import sqlite3
 import statistics
 import subprocess
 from collections.abc import Iterable
-from importlib import metadata
 
 from harness import BENCH, ROOT, Failed
 from measures import Measure, Row, measures
+from measures_redis import redis_measures
 
 README = BENCH / "README.md"
 
@@ -68,6 +69,7 @@ def line(row: Row, results: Results) -> Iterable[str]:
         (row.at_least, "≥ {}", ours, 1),
         (row.at_most, "≤ {}", ours, -1),
         (row.ratio_at_least, "≥ {} x", ratio, 1),
+        (row.ratio_at_most, "≤ {} x", ratio, -1),
     ]
     targets = [(text.format(number(goal)), got, goal, sign) for goal, text, got, sign in wanted if goal is not None]
     met = [got is not None and got * sign >= goal * sign for _, got, goal, sign in targets]
@@ -86,9 +88,9 @@ def line(row: Row, results: Results) -> Iterable[str]:
 def table(measure: Measure, results: Results, rounds: int) -> str:
     head = ["measure", f"polybus{measure.unit and f', {measure.unit}'}", "beside it", "ratio", "target", "reached"]
     lines = [head, ["---"] * len(head), *[list(line(row, results)) for row in measure.rows]]
-    ran = (
-        f"{datetime.date.today()}, {rounds} round{'s' if rounds > 1 else ''}, load at the end {os.getloadavg()[0]:.1f}"
-    )
+    commit = output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    ran = f"{datetime.date.today()}, commit {commit}, {rounds} round{'s' if rounds > 1 else ''}, "
+    ran += f"load at the end {os.getloadavg()[0]:.1f}"
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ["", f"({ran})"])
 
 
@@ -99,20 +101,25 @@ def output(*command: str) -> str:
         return "not found"
 
 
+def pins() -> str:
+    """The peers, each in its exact version."""
+    lines = [line for file in BENCH.glob("requirements*.txt") for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [re.sub(r"\[.*\]", "", line).split("==") for line in sorted(set(lines)) if "==" in line]
+    wanted = json.loads((BENCH / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    python = ", ".join(" ".join(pin) for pin in found)
+    return f"Python: {python}; Node: " + ", ".join(f"{name} {version}" for name, version in wanted.items())
+
+
 def machine() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         model = re.search(r"model name\s*:\s*(.+)", file.read())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    peers = [f"{name} {metadata.version(name)}" for name in ("honker", "flexiq", "pyee", "blinker")]
-    for name in ("eventemitter3", "emittery"):
-        script = f"console.log(require('{BENCH}/node_modules/{name}/package.json').version)"
-        peers.append(f"{name} {output('node', '-e', script)}")
     facts = [
         f"{os.cpu_count()} cores, {model[1] if model else 'processor unknown'}, {memory:.0f} GiB, {platform.system()}",
         f"Python {platform.python_version()} with SQLite {sqlite3.sqlite_version}, Node {output('node', '--version')}, "
         + " ".join(output("rustc", "--version").split()[:2]),
-        ", ".join(peers),
-        f"polybus at commit {output('git', 'rev-parse', '--short', 'HEAD') or 'unknown'}",
+        (re.search(r"v=\S+", output("redis-server", "--version")) or ["no redis-server"])[0].replace("v=", "Redis "),
+        pins(),
     ]
     return "\n".join(f"- {fact}" for fact in facts)
 
@@ -129,17 +136,28 @@ def rewrite(section: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    known = list(measures(quick=False))
-    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="MEASURE", help=", ".join(known))
+    known = list(measures(quick=False) | redis_measures(quick=False))
+    local = list(measures(quick=False))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*known, "redis"],
+        default=local,
+        metavar="MEASURE",
+        help=f"{', '.join(known)}; redis: all of those (without this option: all others)",
+    )
     parser.add_argument("--rounds", type=int, help="rounds of each program, interleaved (5; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="small runs that show that all works; README.md stays")
     parser.add_argument("--dry", action="store_true", help="only print; README.md stays")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 5)
 
+    chosen = measures(options.quick) | redis_measures(options.quick)
+    names = [name for only in options.only for name in (redis_measures(options.quick) if only == "redis" else [only])]
+
     print(machine(), flush=True)
-    for name in options.only:
-        measure, results = measures(options.quick)[name], Results()
+    for name in names:
+        measure, results = chosen[name], Results()
         print(f"\n{name}: {measure.title}", flush=True)
         results.run(measure, rounds)
         text = table(measure, results, rounds)

@@ -45,3 +45,23 @@ export function percentiles(nanoseconds) {
   const at = (part) => rest[Math.floor(rest.length * part)] / 1e6
   return { p50: at(0.5), p99: at(0.99), max: rest[rest.length - 1] / 1e6 }
 }
+
+/** 0, 1, 2 … at that rate; one that comes late does not delay the next one. */
+export async function* pace(count, perSecond) {
+  const started = now()
+  for (let i = 0; i < count; i++) {
+    const wait = (started + (i * 1e9) / perSecond - now()) / 1e6
+    if (wait > 0) await sleep(wait)
+    yield i
+  }
+}
+
+/** So many loops, each awaits one publish at a time; how many there were in all. */
+export async function spread(count, publishers, publish) {
+  const each = Math.floor(count / publishers)
+  const publisher = async (first) => {
+    for (let i = first; i < first + each; i++) await publish(i)
+  }
+  await Promise.all(range(0, publishers, (n) => publisher(n * each)))
+  return each * publishers
+}

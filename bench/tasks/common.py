@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,3 +62,15 @@ async def pace(count: int, per_second: float) -> AsyncIterator[int]:
     for i in range(count):
         await asyncio.sleep(max(0, (started + i * 1e9 / per_second - now()) / 1e9))
         yield i
+
+
+async def spread(count: int, publishers: int, publish: Callable[[int], Awaitable[object]]) -> int:
+    """So many coroutines, each awaits one publish at a time; how many there were in all."""
+    each = count // publishers
+
+    async def publisher(first: int) -> None:
+        for i in range(first, first + each):
+            await publish(i)
+
+    await asyncio.gather(*[publisher(n * each) for n in range(publishers)])
+    return each * publishers

@@ -55,6 +55,8 @@ pub const BUS: Options = Options {
         ("retention", Seconds),
         ("max_age", Seconds),
         ("max_events", Plain),
+        ("confirm", Plain),
+        ("partitions", Plain),
         ("allow_network_fs", Plain),
         ("virtual_clock", Plain),
     ],

@@ -181,7 +181,7 @@ impl Waiter for Reader {
         found
     }
 
-    fn armed(&self, _armed: bool) {}
+    fn disarmed(&self) {}
 }
 
 impl Shared {

@@ -38,7 +38,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(16);
 
 /// Who waits for events.
 pub(super) trait Waiter: Send + Sync {
-    /// The read that is to follow the doorbell; `None` when it does not wait any more.
+    /// The read that is to follow the doorbell, which may be under way from now on; `None` when it does not wait any more.
     fn command(&self) -> Option<Cmd>;
     /// Whether it still waits.
     fn waits(&self) -> bool;
@@ -46,8 +46,8 @@ pub(super) trait Waiter: Send + Sync {
     fn position(&self) -> Id;
     /// The answer to its command, and the newest entry that the doorbell saw. Whether it got something.
     fn answer(&self, answer: Result<Value, Failure>, seen: Option<Id>) -> bool;
-    /// Told around the time in which a read of its may be under way.
-    fn armed(&self, armed: bool);
+    /// Its read is not under way any more.
+    fn disarmed(&self);
 }
 
 pub(super) struct Doorbell {
@@ -129,10 +129,9 @@ impl Doorbell {
             commands.add_command(read);
         }
         commands.ignore_errors();
-        waiters.iter().for_each(|waiter| waiter.armed(true));
         let answers = self.link.run_all(&commands, Instant::now() + BLOCK + MARGIN).await;
         let turn = self.hand_out(partition, &waiters, answers);
-        waiters.iter().for_each(|waiter| waiter.armed(false));
+        waiters.iter().for_each(|waiter| waiter.disarmed());
         let mut state = lock(&self.state);
         for waiter in waiters {
             if waiter.waits() && !state.waiters.iter().any(|other| Arc::ptr_eq(other, &waiter)) {

@@ -185,7 +185,14 @@ impl Member {
         self.settle_doubt().await?;
         self.skip().await?;
         if lock(&self.state).due.is_some_and(|due| due <= self.partition.now()) {
-            self.take_due(room).await?;
+            match self.take_due(room).await {
+                // A full server refuses to lease them; new events can be taken all the same.
+                Err(failure) if !failure.unknown => {
+                    log::debug!("group {}: what is due stays where it is: {}", self.group, failure.error);
+                    lock(&self.state).due = Some(self.partition.now() + 1000);
+                }
+                other => other?,
+            }
         }
         if lock(&self.state).recover {
             self.recover().await?;
@@ -217,9 +224,15 @@ impl Member {
         waits
     }
 
-    /// Reads no more. Resolves when no read of ours is under way.
+    /// Reads no more. Whether a read of ours is under way.
+    pub fn stop_reading(&self) -> bool {
+        let mut state = lock(&self.state);
+        state.waiting = None;
+        self.is_armed.load(Ordering::Acquire)
+    }
+
+    /// Resolves when no read of ours is under way.
     pub async fn quiet(&self) {
-        lock(&self.state).waiting = None;
         loop {
             let disarmed = self.disarmed.notified();
             if !self.is_armed.load(Ordering::Acquire) {
@@ -227,10 +240,6 @@ impl Member {
             }
             disarmed.await;
         }
-    }
-
-    pub fn is_armed(&self) -> bool {
-        self.is_armed.load(Ordering::Acquire)
     }
 
     fn read_command(&self, room: usize, from: &str) -> Cmd {
@@ -498,10 +507,10 @@ impl Member {
         if facts == Value::Nil {
             let cursor = lock(&self.state).cursor;
             // Deleted by somebody, or lost by the server: joining again tells.
-            group::join(&self.partition, &self.spec, Some(cursor)).await?;
+            let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
             self.partition.reset(&self.group);
             let mut state = lock(&self.state);
-            (state.fresh, state.doubt) = (true, false);
+            (state.cursor, state.position, state.fresh, state.doubt) = (start, start, true, false);
             return Ok(());
         }
         let pattern = group::pattern(&value::text(facts)?)?;
@@ -534,7 +543,14 @@ impl Member {
 
 impl Waiter for Member {
     fn command(&self) -> Option<Cmd> {
-        let room = lock(&self.state).waiting?;
+        let room = {
+            let mut state = lock(&self.state);
+            let room = state.waiting?;
+            // Under the same lock as `quiet`, which must not overlook a read that is about to be sent.
+            state.armed_at = time::boot_ms();
+            self.is_armed.store(true, Ordering::Release);
+            room
+        };
         Some(self.read_command(self.ask(room), ">"))
     }
 
@@ -570,14 +586,9 @@ impl Waiter for Member {
         true
     }
 
-    fn armed(&self, armed: bool) {
-        if armed {
-            lock(&self.state).armed_at = time::boot_ms();
-        }
-        self.is_armed.store(armed, Ordering::Release);
-        if !armed {
-            self.disarmed.notify_waiters();
-        }
+    fn disarmed(&self) {
+        self.is_armed.store(false, Ordering::Release);
+        self.disarmed.notify_waiters();
     }
 }
 

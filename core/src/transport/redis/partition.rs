@@ -146,8 +146,11 @@ impl Partition {
     /// After a join: the server's epoch and version.
     pub fn joined(&self, name: String, version: i64, now: i64) {
         self.set_now(now);
-        self.version.store(version, Ordering::Release);
         lock(&self.epoch).name = name;
+        // One change is the join itself; more are changes that somebody else made unnoticed.
+        if version > self.version.swap(version, Ordering::AcqRel) + 1 {
+            self.members().iter().for_each(|member| member.doubt());
+        }
     }
 
     /// After a group was made again: counts it, and says so once for all groups.

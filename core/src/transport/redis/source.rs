@@ -150,7 +150,7 @@ impl Shared {
         self.give_back().await;
         for member in &self.members {
             // A read that waits at the doorbell could bring something at the last moment: end it, and look.
-            if member.is_armed() {
+            if member.stop_reading() {
                 let mut ring = redis::cmd("XADD");
                 ring.arg(&member.partition.keys.bell).arg("MAXLEN").arg(1).arg("*").arg("why").arg("leaving");
                 drop(member.partition.work.run(&ring, member.partition.patience()).await);

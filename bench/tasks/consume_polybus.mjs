@@ -1,4 +1,4 @@
-// SQLite, the consumer: one subscription; ends when its group has nothing unfinished. Says the delays, if asked.
+// The consumer: one subscription; ends when its group has nothing unfinished. Says the delays, if asked.
 import { ask, IN_FLIGHT, now, percentiles, polybus, say, sleep } from './common.mjs'
 
 const { Bus } = await polybus()
@@ -22,7 +22,7 @@ async function clock(event) {
 }
 
 const options = { service: 'bench', durability: ask.durability, bufferSize: 2 * IN_FLIGHT }
-const bus = new Bus(`sqlite:///${ask.path}`, options)
+const bus = new Bus(ask.url, options)
 await bus.start()
 const handler = ask.latency ? clock : count
 const subscription = await bus.subscribe('order.*', handler, { name: 'bench', concurrency: IN_FLIGHT })

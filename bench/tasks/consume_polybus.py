@@ -1,4 +1,4 @@
-"""SQLite, the consumer: one subscription; ends when its group has nothing unfinished. Says the delays, if asked."""
+"""The consumer: one subscription; ends when its group has nothing unfinished. Says the delays, if asked."""
 
 import asyncio
 
@@ -22,13 +22,12 @@ async def main() -> None:
         delays.append(entered - event.payload["sent"])
         await count(event)
 
-    url = f"sqlite:///{ask.path}"
-    async with Bus(url, service="bench", durability=ask.durability, buffer_size=2 * IN_FLIGHT) as bus:
+    async with Bus(ask.url, service="bench", durability=ask.durability, buffer_size=2 * IN_FLIGHT) as bus:
         handler = clock if ask.latency else count
         subscription = await bus.subscribe("order.*", handler, name="bench", concurrency=IN_FLIGHT)
         say(ready=True)
         await done.wait()
-        while (await subscription.stats()).pending:  # noqa: ASYNC110 - the file says it, no event does
+        while (await subscription.stats()).pending:  # noqa: ASYNC110 - the store says it, no event does
             await asyncio.sleep(0.001)
         say(ended=now(), handled=handled, **(percentiles(delays) if delays else {}))
 
