@@ -20,9 +20,16 @@ use crate::transport::{GroupSpec, GroupStats, Start, time};
 /// Entries that one step of counting looks at.
 const COUNT: usize = 2_000;
 
-/// Makes the group if it is new, and says up to where it was given the log. With `cursor`: again, because the server may
-/// have lost it; `NotFound` when it was deleted on purpose.
-pub(super) async fn join(partition: &Partition, spec: &GroupSpec, cursor: Option<Id>) -> Result<Id> {
+/// Where a member stands: the epoch of the server's data in which it joined, and up to where it was given the log.
+#[derive(Clone)]
+pub(super) struct Joined {
+    pub epoch: String,
+    pub cursor: Id,
+}
+
+/// Makes the group if it is new. With `before`: again, because the server may have lost it; `NotFound` when it was deleted
+/// on purpose, which only the epoch tells that this member knew, not one that others have seen since.
+pub(super) async fn join(partition: &Partition, spec: &GroupSpec, before: Option<Joined>) -> Result<Joined> {
     let keys = &partition.keys;
     let start = match spec.start {
         Start::New => "$".to_owned(),
@@ -37,18 +44,19 @@ pub(super) async fn join(partition: &Partition, spec: &GroupSpec, cursor: Option
         "pattern": spec.pattern.as_str(), "service": &*spec.service, "subscription": &*spec.subscription, "start": start,
     });
     let fresh = format!("{:016x}", fastrand::u64(..));
-    let known = if cursor.is_some() { partition.epoch() } else { String::new() };
+    let (known, cursor) = before.map_or_else(Default::default, |before| (before.epoch, before.cursor.to_string()));
     let mut command = scripts::JOIN.call(&[&keys.events, &keys.groups, &keys.meta, &keys.bell]);
     command.arg(&*spec.group).arg(facts.to_string()).arg(start).arg(fresh).arg(known);
-    command.arg(cursor.map_or(String::new(), |cursor| cursor.to_string()));
+    command.arg(cursor);
     let mut answer = match partition.work.script(&scripts::JOIN, &command, partition.patience()).await? {
         Value::Array(answer) => answer.into_iter(),
         _ => return Err(member::deleted(&spec.group)),
     };
     match (answer.next(), answer.next(), answer.next(), answer.next()) {
         (Some(epoch), Some(version), Some(delivered), Some(now)) => {
-            partition.joined(value::text(epoch)?, value::number(version)?, value::number(now)?);
-            value::id(delivered)
+            let epoch = value::text(epoch)?;
+            partition.joined(epoch.clone(), value::number(version)?, value::number(now)?);
+            Ok(Joined { epoch, cursor: value::id(delivered)? })
         }
         _ => Err(strange("a short join")),
     }

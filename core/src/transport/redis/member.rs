@@ -56,6 +56,8 @@ pub(super) struct Member {
 
 struct State {
     pattern: Pattern,
+    /// Of the server's data when this member joined.
+    epoch: String,
     /// The newest entry that this member was given, or where the group stood when it joined.
     cursor: Id,
     /// The group was given everything at or before this.
@@ -90,10 +92,11 @@ impl Member {
         hold: Arc<Hold>,
         max_payload: usize,
     ) -> Result<Arc<Self>> {
-        let cursor = group::join(&partition, &spec, None).await?;
+        let group::Joined { epoch, cursor } = group::join(&partition, &spec, None).await?;
         let lease = time::millis(spec.lease).max(1);
         let state = State {
             pattern: spec.pattern.clone(),
+            epoch,
             cursor,
             position: cursor,
             fresh: true,
@@ -302,11 +305,18 @@ impl Member {
         if !failure.no_group {
             return Err(failure);
         }
-        let cursor = lock(&self.state).cursor;
-        let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
+        self.join_again().await
+    }
+
+    async fn join_again(&self) -> Result<(), Failure> {
+        let before = {
+            let state = lock(&self.state);
+            group::Joined { epoch: state.epoch.clone(), cursor: state.cursor }
+        };
+        let group::Joined { epoch, cursor } = group::join(&self.partition, &self.spec, Some(before)).await?;
         self.partition.reset(&self.group);
         let mut state = lock(&self.state);
-        (state.cursor, state.position, state.fresh) = (start, start, true);
+        (state.epoch, state.cursor, state.position, state.fresh) = (epoch, cursor, cursor, true);
         Ok(())
     }
 
@@ -505,12 +515,9 @@ impl Member {
         ask.arg(&self.partition.keys.groups).arg(&*self.group);
         let facts = self.partition.work.run(&ask, self.partition.patience()).await?;
         if facts == Value::Nil {
-            let cursor = lock(&self.state).cursor;
             // Deleted by somebody, or lost by the server: joining again tells.
-            let start = group::join(&self.partition, &self.spec, Some(cursor)).await?;
-            self.partition.reset(&self.group);
-            let mut state = lock(&self.state);
-            (state.cursor, state.position, state.fresh, state.doubt) = (start, start, true, false);
+            self.join_again().await?;
+            lock(&self.state).doubt = false;
             return Ok(());
         }
         let pattern = group::pattern(&value::text(facts)?)?;

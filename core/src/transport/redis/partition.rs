@@ -138,11 +138,6 @@ impl Partition {
         }
     }
 
-    /// The epoch that this process knows; empty before the first join.
-    pub fn epoch(&self) -> String {
-        lock(&self.epoch).name.clone()
-    }
-
     /// After a join: the server's epoch and version.
     pub fn joined(&self, name: String, version: i64, now: i64) {
         self.set_now(now);
