@@ -2,6 +2,8 @@
 //!
 //! Numbers are milliseconds of the server's clock. A script is sent once by its text and then named by its digest; a
 //! server that does not know it (it was restarted, or another one took over) says so and gets the text.
+//!
+//! Those with `allow-oom` run on a server that is full, too: they move what is there, or make room.
 
 use std::sync::LazyLock;
 
