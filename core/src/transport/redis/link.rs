@@ -334,14 +334,19 @@ impl Link {
         }
     }
 
-    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]).
+    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]). After one that says that another
+    /// server is responsible, the next call connects anew.
     pub async fn run_all(&self, commands: &Pipeline, deadline: Instant) -> Result<Vec<Value>, Failure> {
         let live = self.live(deadline).await?;
         let mut connection = live.connection;
         let atomic = commands.is_transaction();
         let (offset, count) = if atomic { (commands.len() + 1, 1) } else { (0, commands.len()) };
         let answer = timeout_at(deadline, connection.req_packed_commands(commands, offset, count)).await;
-        self.judge(live.number, answer)
+        let answers = self.judge(live.number, answer)?;
+        if answers.iter().any(fault::moved) {
+            self.drop_live(live.number);
+        }
+        Ok(answers)
     }
 
     /// Runs a script.

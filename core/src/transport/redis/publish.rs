@@ -159,9 +159,6 @@ async fn transaction(partition: &Partition, rows: &[Row], confirm: Confirm, dead
         let answers = partition.publishing.run_all(&commands, deadline).await.map_err(explain)?;
         match sort(answers, rows.len(), confirm) {
             Err(failure) if failure.again && Instant::now() + AGAIN < deadline => {
-                if failure.moved {
-                    partition.publishing.cut();
-                }
                 tokio::time::sleep(AGAIN).await;
             }
             other => return other.map_err(explain),
