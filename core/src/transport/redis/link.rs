@@ -84,7 +84,7 @@ impl Server {
         let mut connection = open(&self.address.server(&place)?, &config, &place).await?;
         if matches!(self.address.layout, Layout::Sentinel(_)) {
             // A sentinel may not have noticed yet that this one was demoted.
-            let role = value::list(fault::check(connection.req_packed_command(&redis::cmd("ROLE")).await?)?)?;
+            let role = value::list(ask(&mut connection, &redis::cmd("ROLE")).await?)?;
             if role.into_iter().next().map(value::text).transpose()?.as_deref() != Some("master") {
                 return Err(
                     Error::connection_failed(format!("{}:{} is not the master any more", place.0, place.1)).into()
@@ -106,11 +106,15 @@ impl Server {
 
     /// The address of the master, from the first sentinel that answers.
     async fn master(&self, name: &str) -> Result<(String, u16), Failure> {
-        let mut ask = redis::cmd("SENTINEL");
-        ask.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
+        let mut command = redis::cmd("SENTINEL");
+        command.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
         let mut failure = None;
         for seed in self.address.seeds() {
-            match self.ask(self.address.sentinel(seed)?, seed, &ask).await.and_then(|found| Ok(value::list(found)?)) {
+            let asked = async {
+                let mut sentinel = open(&self.address.sentinel(seed)?, &plain(), seed).await?;
+                Ok::<_, Failure>(value::list(ask(&mut sentinel, &command).await?)?)
+            };
+            match asked.await {
                 Ok(found) if found.len() == 2 => {
                     let mut found = found.into_iter().map(value::text);
                     let (host, port) = (found.next().transpose()?, found.next().transpose()?);
@@ -143,10 +147,8 @@ impl Server {
 
     async fn ask_owner(&self, seed: &(String, u16), key: &str) -> Result<(String, u16), Failure> {
         let mut node = open(&self.address.server(seed)?, &plain(), seed).await?;
-        let mut ask = redis::cmd("CLUSTER");
-        let slot = value::number(fault::check(node.req_packed_command(ask.arg("KEYSLOT").arg(key)).await?)?)?;
-        let ranges = node.req_packed_command(redis::cmd("CLUSTER").arg("SLOTS")).await?;
-        let ranges = value::list(fault::check(ranges)?)?;
+        let slot = value::number(ask(&mut node, redis::cmd("CLUSTER").arg("KEYSLOT").arg(key)).await?)?;
+        let ranges = value::list(ask(&mut node, redis::cmd("CLUSTER").arg("SLOTS")).await?)?;
         for range in ranges {
             let mut range = value::list(range)?.into_iter();
             let (first, last) = (range.next().map(value::number), range.next().map(value::number));
@@ -168,10 +170,6 @@ impl Server {
             Failure::from(Error::connection_failed("no node of the cluster serves the bus's slot at the moment"));
         failure.again = true;
         Err(failure)
-    }
-
-    async fn ask(&self, client: redis::Client, place: &(String, u16), command: &Cmd) -> Result<Value, Failure> {
-        fault::check(open(&client, &plain(), place).await?.req_packed_command(command).await?)
     }
 
     /// Notes how an attempt ended; says so when that is news.
@@ -206,11 +204,19 @@ async fn open(
         if failure.error.kind() == ErrorKind::ConnectionFailed && !failure.again {
             let why = std::error::Error::source(&failure.error).map_or_else(String::new, |why| format!(" ({why})"));
             failure.error = Error::connection_failed(format!(
-                "cannot connect to Redis at {host}:{port}{why}; check that it runs there, and that the URL says whether it wants TLS"
+                "cannot connect to Redis at {host}:{port}{why}; check that it runs there, has room for clients (maxclients), and that the URL says whether it wants TLS"
             ));
         }
         failure
     })
+}
+
+/// One command. The library hands a refusal of the server out as a value: here it is the error that it is.
+async fn ask(connection: &mut MultiplexedConnection, command: &Cmd) -> redis::RedisResult<Value> {
+    match connection.req_packed_command(command).await? {
+        Value::ServerError(refusal) => Err(refusal.into()),
+        answer => Ok(answer),
+    }
 }
 
 /// See the module's page.
@@ -325,22 +331,27 @@ impl Link {
         loop {
             let live = self.live(deadline).await?;
             let mut connection = live.connection;
-            let answer = timeout_at(deadline, connection.req_packed_command(command)).await;
-            match self.judge(live.number, answer.map(|answer| fault::check(answer?))) {
+            let answer = timeout_at(deadline, ask(&mut connection, command)).await;
+            match self.judge(live.number, answer.map(|answer| Ok(answer?))) {
                 Err(failure) if failure.again && Instant::now() + AGAIN < deadline => tokio::time::sleep(AGAIN).await,
                 other => return other,
             }
         }
     }
 
-    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]).
+    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]). After one that says that another
+    /// server is responsible, the next call connects anew.
     pub async fn run_all(&self, commands: &Pipeline, deadline: Instant) -> Result<Vec<Value>, Failure> {
         let live = self.live(deadline).await?;
         let mut connection = live.connection;
         let atomic = commands.is_transaction();
         let (offset, count) = if atomic { (commands.len() + 1, 1) } else { (0, commands.len()) };
         let answer = timeout_at(deadline, connection.req_packed_commands(commands, offset, count)).await;
-        self.judge(live.number, answer.map(|answer| Ok(answer?)))
+        let answers = self.judge(live.number, answer.map(|answer| Ok(answer?)))?;
+        if answers.iter().any(fault::moved) {
+            self.drop_live(live.number);
+        }
+        Ok(answers)
     }
 
     /// Runs a script.

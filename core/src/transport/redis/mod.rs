@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use redis::Value;
 use tokio::time::Instant;
 
 use self::address::Address;
@@ -177,10 +178,15 @@ impl Drop for Shared {
 async fn agree(link: &Link, settings: &Settings) -> Result<u32> {
     let key = Keys::bus_meta(&settings.bus);
     let deadline = Instant::now() + PATIENCE;
-    let mut set = redis::cmd("HSETNX");
-    link.run(set.arg(&key).arg("partitions").arg(settings.partitions.unwrap_or(1)), deadline).await?;
     let mut get = redis::cmd("HMGET");
-    let facts = value::list(link.run(get.arg(&key).arg("partitions").arg("format"), deadline).await?)?;
+    get.arg(&key).arg("partitions").arg("format");
+    let mut facts = value::list(link.run(&get, deadline).await?)?;
+    // Not tried where it is there: a full server would refuse it.
+    if facts.first() == Some(&Value::Nil) {
+        let mut set = redis::cmd("HSETNX");
+        link.run(set.arg(&key).arg("partitions").arg(settings.partitions.unwrap_or(1)), deadline).await?;
+        facts = value::list(link.run(&get, deadline).await?)?;
+    }
     let mut facts = facts.into_iter().map(value::text);
     let count = facts.next().transpose()?.and_then(|count| count.parse().ok()).unwrap_or(1);
     match facts.next().transpose()? {

@@ -347,9 +347,11 @@ fn confirmed(answer: Option<Value>, confirm: Confirm) -> Result<()> {
     ))
 }
 
+/// What the server may wait, in milliseconds. Its answer must come before our own deadline, at which the connection would
+/// be given up, and it looks at its clock ten times a second.
 fn patience(deadline: Instant) -> u64 {
     let left = deadline.saturating_duration_since(Instant::now());
-    (left.as_millis() as u64).saturating_sub(50).max(1)
+    (left.as_millis() as u64).saturating_sub(200).max(1)
 }
 
 /// A publish that was sent and not answered may have happened.
