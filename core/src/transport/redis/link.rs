@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::address::{Address, Layout};
 use super::fault::{self, Failure};
+use super::partition::lock;
 use super::scripts::{self, Script};
 use super::value;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,11 +44,19 @@ pub(super) struct Server {
     /// Connections that were made again after a loss.
     pub reconnects: AtomicU64,
     down: AtomicBool,
+    gate: Arc<Gate>,
+}
+
+/// One attempt to connect at a time, and the pauses between them.
+#[derive(Default)]
+struct Gate {
+    attempts: tokio::sync::Mutex<u32>,
+    failure: Mutex<Option<Error>>,
 }
 
 impl Server {
     pub fn new(address: Address) -> Self {
-        Self { address, reconnects: AtomicU64::new(0), down: AtomicBool::new(false) }
+        Self { address, reconnects: AtomicU64::new(0), down: AtomicBool::new(false), gate: Arc::default() }
     }
 
     /// A new connection to the server that holds `key`; `lost` is called once when it ends. It lives on our runtime,
@@ -225,7 +234,8 @@ pub(super) struct Link {
     /// Its slot decides to which server the link goes.
     key: String,
     current: Arc<Mutex<Option<Live>>>,
-    attempts: tokio::sync::Mutex<u32>,
+    /// Of the server; in a cluster, where one node may be away and the others not, its own.
+    gate: Arc<Gate>,
 }
 
 #[derive(Clone)]
@@ -236,7 +246,11 @@ struct Live {
 
 impl Link {
     pub fn new(server: Arc<Server>, key: String) -> Self {
-        Self { server, key, current: Arc::default(), attempts: tokio::sync::Mutex::default() }
+        let gate = match server.address.layout {
+            Layout::Cluster => Arc::default(),
+            _ => server.gate.clone(),
+        };
+        Self { server, key, current: Arc::default(), gate }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Live>> {
@@ -249,9 +263,8 @@ impl Link {
         if let Some(live) = self.lock().clone() {
             return Ok(live);
         }
-        let mut last = None;
         let attempt = async {
-            let mut attempts = self.attempts.lock().await;
+            let mut attempts = self.gate.attempts.lock().await;
             loop {
                 if let Some(live) = self.lock().clone() {
                     return Ok(live);
@@ -269,7 +282,7 @@ impl Link {
                     }
                     Err(failure) => {
                         self.server.note(Some(&failure));
-                        last = Some(failure);
+                        *lock(&self.gate.failure) = Some(failure.error);
                         *attempts = attempts.saturating_add(1);
                         let pause = RECONNECT.delay(*attempts, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
                         tokio::time::sleep(pause).await;
@@ -279,10 +292,13 @@ impl Link {
         };
         match timeout_at(deadline, attempt).await {
             Ok(found) => found,
-            Err(_) => Err(last.unwrap_or_else(|| {
-                let place = self.server.address.describe();
-                Error::connection_failed(format!("no connection to Redis at {place} in time")).into()
-            })),
+            Err(_) => Err(lock(&self.gate.failure)
+                .clone()
+                .unwrap_or_else(|| {
+                    let place = self.server.address.describe();
+                    Error::connection_failed(format!("no connection to Redis at {place} in time"))
+                })
+                .into()),
         }
     }
 

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::fault::{self, Failure, strange};
 use super::keys::partition_of;
-use super::partition::{PATIENCE, Partition, lock};
+use super::partition::{Partition, lock};
 use super::{scripts, value};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
@@ -152,18 +152,16 @@ impl Publisher {
         for job in &jobs {
             add(&mut commands, partition, &job.rows);
         }
-        let deadline = match confirm {
-            Confirm::Memory => last.min(Instant::now() + PATIENCE),
+        match confirm {
+            Confirm::Memory => {}
             Confirm::Disk => {
                 commands.cmd("WAITAOF").arg(1).arg(0).arg(patience(last));
-                last
             }
             Confirm::Replica => {
                 commands.cmd("WAIT").arg(1).arg(patience(last));
-                last
             }
-        };
-        let mut answers = match partition.publishing.run_all(&commands, deadline).await {
+        }
+        let mut answers = match partition.publishing.run_all(&commands, last).await {
             Ok(answers) => answers.into_iter(),
             Err(failure) => {
                 let error = explain(failure);
