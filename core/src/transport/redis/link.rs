@@ -47,11 +47,18 @@ pub(super) struct Server {
     gate: Arc<Gate>,
 }
 
-/// One attempt to connect at a time, and the pauses between them.
+/// One attempt to connect at a time, and the pauses between them. A pause holds for whoever comes next: callers that
+/// began to wait together also lose their patience together.
 #[derive(Default)]
 struct Gate {
-    attempts: tokio::sync::Mutex<u32>,
+    attempts: tokio::sync::Mutex<Attempts>,
     failure: Mutex<Option<Error>>,
+}
+
+#[derive(Default)]
+struct Attempts {
+    failed: u32,
+    next: Option<Instant>,
 }
 
 impl Server {
@@ -266,12 +273,15 @@ impl Link {
         let attempt = async {
             let mut attempts = self.gate.attempts.lock().await;
             loop {
+                if let Some(next) = attempts.next {
+                    tokio::time::sleep_until(next).await;
+                }
                 if let Some(live) = self.lock().clone() {
                     return Ok(live);
                 }
                 match self.connect().await {
                     Ok(live) => {
-                        if std::mem::take(&mut *attempts) > 0 {
+                        if std::mem::take(&mut *attempts).failed > 0 {
                             self.server.reconnects.fetch_add(1, Ordering::Relaxed);
                         }
                         self.server.note(None);
@@ -283,9 +293,9 @@ impl Link {
                     Err(failure) => {
                         self.server.note(Some(&failure));
                         *lock(&self.gate.failure) = Some(failure.error);
-                        *attempts = attempts.saturating_add(1);
-                        let pause = RECONNECT.delay(*attempts, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
-                        tokio::time::sleep(pause).await;
+                        attempts.failed = attempts.failed.saturating_add(1);
+                        let pause = RECONNECT.delay(attempts.failed, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
+                        attempts.next = Some(Instant::now() + pause);
                     }
                 }
             }
