@@ -119,7 +119,7 @@ impl Shared {
     /// There is no room for more until the next `take`. What came beyond it, or still comes from a read that stands at the
     /// server, could run elsewhere, and is given back.
     fn full(self: &Arc<Self>) {
-        let surplus = self.hold.take_ready();
+        let surplus = self.hold.surplus();
         let reads = self.members.iter().filter(|member| member.stop_reading()).count();
         if surplus.is_empty() && reads == 0 {
             return;
@@ -131,7 +131,7 @@ impl Shared {
                 member.quiet().await;
             }
             if !shared.taking.load(Ordering::Acquire) {
-                shared.hand_on(shared.hold.take_ready()).await;
+                shared.hand_on(shared.hold.surplus()).await;
             }
         });
     }
@@ -221,7 +221,7 @@ impl Shared {
     }
 
     async fn give_back(&self) {
-        drop(self.hold.take_ready());
+        self.hold.clear_ready();
         let left = releases(self.hold.all());
         if left.is_empty() {
             return;
