@@ -134,7 +134,7 @@ impl Dispatcher {
                         Err(error) if error.kind() == ErrorKind::BusClosed => {}
                         Err(error) if draining => log::warn!("{}: not settled before close, will be redelivered: {error}", self.rules.label),
                         Err(error) => {
-                            held.unsettled.splice(0..0, batch);
+                            held.unsettled.splice(0..0, left(batch, &error));
                             resume_at = Some(self.back_off(&mut failures, "settle", &error));
                         }
                     }
@@ -388,6 +388,14 @@ impl Wish {
             _ => None,
         }
     }
+}
+
+/// What of `batch` has to be settled again after `error`.
+fn left(batch: Vec<Settlement>, error: &crate::Error) -> Vec<Settlement> {
+    if error.failures().is_empty() {
+        return batch;
+    }
+    error.failures().iter().filter_map(|(index, _)| batch.get(*index).cloned()).collect()
 }
 
 /// The task's result, or never.

@@ -56,7 +56,7 @@ test('a store that cannot be opened is an error of the first use, without the pa
     ['invalid_config', 'connection_failed'].includes(error.code),
   )
   assert.throws(
-    make('redis://user:secret@host/1', { service: 'a' }),
+    make('rabbits://user:secret@host/1', { service: 'a' }),
     (error: Error) => !error.message.includes('secret'),
   )
   void ConnectionFailed

@@ -62,7 +62,7 @@ def test_bad_urls(url: str) -> None:
 
 def test_passwords_are_hidden() -> None:
     with pytest.raises(InvalidConfig) as refused:
-        Bus("rediss://user:secret@host/0", service="shop")
+        Bus("rabbits://user:secret@host/0", service="shop")
     assert "secret" not in str(refused.value)
     assert "***" in str(refused.value)
 

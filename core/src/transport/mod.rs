@@ -199,7 +199,8 @@ pub trait Source: Send + Sync + 'static {
     /// what it leased is handed back by [`Source::close`] or when the lease runs out.
     fn take(&self, max: usize) -> Task<Result<Vec<Delivery>>>;
 
-    /// Ends leases, all in one step. Resolves to those that were no longer ours and so had no effect.
+    /// Ends leases, all in one step. Resolves to those that were no longer ours and so had no effect. A store that
+    /// cannot do all in one step lists in its error ([`Error::failures`]) what is left to do; the rest was done.
     fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>>;
 
     /// Keeps everything that this source holds for another lease. Resolves to those of `held` that were lost.

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 /// Forwards connections to one server until it is dropped.
 pub struct Proxy {
@@ -27,7 +28,7 @@ struct State {
     /// Both ends of each connection.
     open: Vec<TcpStream>,
     closed: bool,
-    accepted: usize,
+    arrivals: Vec<Instant>,
 }
 
 impl Proxy {
@@ -54,7 +55,12 @@ impl Proxy {
 
     /// How many connections it has taken.
     pub fn accepted(&self) -> usize {
-        self.shared.lock().accepted
+        self.shared.lock().arrivals.len()
+    }
+
+    /// When it took each of them.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        self.shared.lock().arrivals.clone()
     }
 
     /// From now on nothing passes in either direction, on old connections and new ones, and nothing is closed.
@@ -122,7 +128,7 @@ impl Shared {
             if state.closed {
                 return;
             }
-            state.accepted += 1;
+            state.arrivals.push(Instant::now());
             let Ok(server) = server else { continue };
             for stream in [&client, &server] {
                 stream.set_nodelay(true).unwrap();

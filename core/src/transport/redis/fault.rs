@@ -2,6 +2,7 @@
 
 use redis::{ErrorKind as Cause, RedisError, ServerErrorKind, Value};
 
+use super::scripts;
 use crate::error::{Error, ErrorKind};
 
 /// A command that did not succeed.
@@ -48,15 +49,7 @@ impl From<RedisError> for Failure {
                     | ServerErrorKind::Ask
             )
         ) || code == "BUSY";
-        let moved = matches!(
-            kind,
-            Cause::Server(
-                ServerErrorKind::Moved
-                    | ServerErrorKind::Ask
-                    | ServerErrorKind::ReadOnly
-                    | ServerErrorKind::ClusterDown
-            )
-        );
+        let moved = matches!(kind, Cause::Server(kind) if is_move(kind));
         Self {
             unknown: !matches!(kind, Cause::Server(_) | Cause::Extension | Cause::AuthenticationFailed),
             again: starts,
@@ -68,14 +61,31 @@ impl From<RedisError> for Failure {
     }
 }
 
+fn is_move(kind: ServerErrorKind) -> bool {
+    use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
+    matches!(kind, Moved | Ask | ReadOnly | ClusterDown)
+}
+
+/// Whether an answer inside a pipeline's reply says that another server may be responsible.
+pub(super) fn moved(answer: &Value) -> bool {
+    matches!(answer, Value::ServerError(error) if error.kind().is_some_and(is_move))
+}
+
 /// The error for the caller, with what to do about it.
 fn explain(cause: RedisError, code: &str) -> Error {
     let said = cause.detail().map_or_else(|| cause.to_string(), str::to_owned);
+    // Inside a script, servers before 7.2 give no code and name no command.
+    let in_script = said.starts_with("The user executing the script can't");
     let error = match (cause.kind(), code) {
-        (_, "NOPERM") => Error::new(
-            ErrorKind::AuthFailed,
-            format!("the Redis user lacks a permission: {said}; grant it with ACL SETUSER, docs/redis.md lists all"),
-        ),
+        _ if in_script || code == "NOPERM" => {
+            let command = scripts::command_at(&said).map_or_else(String::new, |command| format!(" ({command})"));
+            Error::new(
+                ErrorKind::AuthFailed,
+                format!(
+                    "the Redis user lacks a permission{command}: {said}; grant it with ACL SETUSER, docs/redis.md lists all"
+                ),
+            )
+        }
         (Cause::AuthenticationFailed, _) | (_, "NOAUTH" | "WRONGPASS") => {
             Error::new(ErrorKind::AuthFailed, format!("Redis refused the user or the password ({said}); check the URL"))
         }

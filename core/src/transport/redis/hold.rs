@@ -1,7 +1,7 @@
 //! What one subscription holds in this process, over all partitions: deliveries that were taken, and the right to settle
 //! them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::SystemTime;
@@ -45,8 +45,6 @@ pub(super) struct Held {
 pub(super) struct Hold {
     held: Mutex<HashMap<i64, Held, ahash::RandomState>>,
     ready: Mutex<VecDeque<Delivery>>,
-    /// Settled by a call that failed for other deliveries and will be repeated.
-    settled: Mutex<HashSet<i64>>,
     next: AtomicI64,
     pub arrived: Notify,
 }
@@ -88,14 +86,6 @@ impl Hold {
     /// It is settled, or somebody else's.
     pub fn remove(&self, lease: Lease) -> Option<Held> {
         lock(&self.held).remove(&lease.position)
-    }
-
-    pub fn remember_settled(&self, lease: Lease) {
-        lock(&self.settled).insert(lease.position);
-    }
-
-    pub fn was_settled(&self, lease: Lease) -> bool {
-        lock(&self.settled).remove(&lease.position)
     }
 
     /// Everything held in one partition.

@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::address::{Address, Layout};
 use super::fault::{self, Failure};
+use super::partition::lock;
 use super::scripts::{self, Script};
 use super::value;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,11 +44,19 @@ pub(super) struct Server {
     /// Connections that were made again after a loss.
     pub reconnects: AtomicU64,
     down: AtomicBool,
+    gate: Arc<Gate>,
+}
+
+/// One attempt to connect at a time, and the pauses between them.
+#[derive(Default)]
+struct Gate {
+    attempts: tokio::sync::Mutex<u32>,
+    failure: Mutex<Option<Error>>,
 }
 
 impl Server {
     pub fn new(address: Address) -> Self {
-        Self { address, reconnects: AtomicU64::new(0), down: AtomicBool::new(false) }
+        Self { address, reconnects: AtomicU64::new(0), down: AtomicBool::new(false), gate: Arc::default() }
     }
 
     /// A new connection to the server that holds `key`; `lost` is called once when it ends. It lives on our runtime,
@@ -84,7 +93,7 @@ impl Server {
         let mut connection = open(&self.address.server(&place)?, &config, &place).await?;
         if matches!(self.address.layout, Layout::Sentinel(_)) {
             // A sentinel may not have noticed yet that this one was demoted.
-            let role = value::list(fault::check(connection.req_packed_command(&redis::cmd("ROLE")).await?)?)?;
+            let role = value::list(ask(&mut connection, &redis::cmd("ROLE")).await?)?;
             if role.into_iter().next().map(value::text).transpose()?.as_deref() != Some("master") {
                 return Err(
                     Error::connection_failed(format!("{}:{} is not the master any more", place.0, place.1)).into()
@@ -106,11 +115,15 @@ impl Server {
 
     /// The address of the master, from the first sentinel that answers.
     async fn master(&self, name: &str) -> Result<(String, u16), Failure> {
-        let mut ask = redis::cmd("SENTINEL");
-        ask.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
+        let mut command = redis::cmd("SENTINEL");
+        command.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
         let mut failure = None;
         for seed in self.address.seeds() {
-            match self.ask(self.address.sentinel(seed)?, seed, &ask).await.and_then(|found| Ok(value::list(found)?)) {
+            let asked = async {
+                let mut sentinel = open(&self.address.sentinel(seed)?, &plain(), seed).await?;
+                Ok::<_, Failure>(value::list(ask(&mut sentinel, &command).await?)?)
+            };
+            match asked.await {
                 Ok(found) if found.len() == 2 => {
                     let mut found = found.into_iter().map(value::text);
                     let (host, port) = (found.next().transpose()?, found.next().transpose()?);
@@ -143,10 +156,8 @@ impl Server {
 
     async fn ask_owner(&self, seed: &(String, u16), key: &str) -> Result<(String, u16), Failure> {
         let mut node = open(&self.address.server(seed)?, &plain(), seed).await?;
-        let mut ask = redis::cmd("CLUSTER");
-        let slot = value::number(fault::check(node.req_packed_command(ask.arg("KEYSLOT").arg(key)).await?)?)?;
-        let ranges = node.req_packed_command(redis::cmd("CLUSTER").arg("SLOTS")).await?;
-        let ranges = value::list(fault::check(ranges)?)?;
+        let slot = value::number(ask(&mut node, redis::cmd("CLUSTER").arg("KEYSLOT").arg(key)).await?)?;
+        let ranges = value::list(ask(&mut node, redis::cmd("CLUSTER").arg("SLOTS")).await?)?;
         for range in ranges {
             let mut range = value::list(range)?.into_iter();
             let (first, last) = (range.next().map(value::number), range.next().map(value::number));
@@ -168,10 +179,6 @@ impl Server {
             Failure::from(Error::connection_failed("no node of the cluster serves the bus's slot at the moment"));
         failure.again = true;
         Err(failure)
-    }
-
-    async fn ask(&self, client: redis::Client, place: &(String, u16), command: &Cmd) -> Result<Value, Failure> {
-        fault::check(open(&client, &plain(), place).await?.req_packed_command(command).await?)
     }
 
     /// Notes how an attempt ended; says so when that is news.
@@ -206,11 +213,19 @@ async fn open(
         if failure.error.kind() == ErrorKind::ConnectionFailed && !failure.again {
             let why = std::error::Error::source(&failure.error).map_or_else(String::new, |why| format!(" ({why})"));
             failure.error = Error::connection_failed(format!(
-                "cannot connect to Redis at {host}:{port}{why}; check that it runs there, and that the URL says whether it wants TLS"
+                "cannot connect to Redis at {host}:{port}{why}; check that it runs there, has room for clients (maxclients), and that the URL says whether it wants TLS"
             ));
         }
         failure
     })
+}
+
+/// One command. The library hands a refusal of the server out as a value: here it is the error that it is.
+async fn ask(connection: &mut MultiplexedConnection, command: &Cmd) -> redis::RedisResult<Value> {
+    match connection.req_packed_command(command).await? {
+        Value::ServerError(refusal) => Err(refusal.into()),
+        answer => Ok(answer),
+    }
 }
 
 /// See the module's page.
@@ -219,7 +234,8 @@ pub(super) struct Link {
     /// Its slot decides to which server the link goes.
     key: String,
     current: Arc<Mutex<Option<Live>>>,
-    attempts: tokio::sync::Mutex<u32>,
+    /// Of the server; in a cluster, where one node may be away and the others not, its own.
+    gate: Arc<Gate>,
 }
 
 #[derive(Clone)]
@@ -230,7 +246,11 @@ struct Live {
 
 impl Link {
     pub fn new(server: Arc<Server>, key: String) -> Self {
-        Self { server, key, current: Arc::default(), attempts: tokio::sync::Mutex::default() }
+        let gate = match server.address.layout {
+            Layout::Cluster => Arc::default(),
+            _ => server.gate.clone(),
+        };
+        Self { server, key, current: Arc::default(), gate }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Live>> {
@@ -243,9 +263,8 @@ impl Link {
         if let Some(live) = self.lock().clone() {
             return Ok(live);
         }
-        let mut last = None;
         let attempt = async {
-            let mut attempts = self.attempts.lock().await;
+            let mut attempts = self.gate.attempts.lock().await;
             loop {
                 if let Some(live) = self.lock().clone() {
                     return Ok(live);
@@ -263,7 +282,7 @@ impl Link {
                     }
                     Err(failure) => {
                         self.server.note(Some(&failure));
-                        last = Some(failure);
+                        *lock(&self.gate.failure) = Some(failure.error);
                         *attempts = attempts.saturating_add(1);
                         let pause = RECONNECT.delay(*attempts, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
                         tokio::time::sleep(pause).await;
@@ -273,10 +292,13 @@ impl Link {
         };
         match timeout_at(deadline, attempt).await {
             Ok(found) => found,
-            Err(_) => Err(last.unwrap_or_else(|| {
-                let place = self.server.address.describe();
-                Error::connection_failed(format!("no connection to Redis at {place} in time")).into()
-            })),
+            Err(_) => Err(lock(&self.gate.failure)
+                .clone()
+                .unwrap_or_else(|| {
+                    let place = self.server.address.describe();
+                    Error::connection_failed(format!("no connection to Redis at {place} in time"))
+                })
+                .into()),
         }
     }
 
@@ -306,6 +328,11 @@ impl Link {
         Ok(())
     }
 
+    /// Waits until there is a connection.
+    pub async fn ready(&self, deadline: Instant) -> Result<(), Failure> {
+        self.live(deadline).await.map(drop)
+    }
+
     /// Drops the connection: what waits for an answer on it fails.
     pub fn cut(&self) {
         *self.lock() = None;
@@ -320,22 +347,27 @@ impl Link {
         loop {
             let live = self.live(deadline).await?;
             let mut connection = live.connection;
-            let answer = timeout_at(deadline, connection.req_packed_command(command)).await;
-            match self.judge(live.number, answer.map(|answer| fault::check(answer?))) {
+            let answer = timeout_at(deadline, ask(&mut connection, command)).await;
+            match self.judge(live.number, answer.map(|answer| Ok(answer?))) {
                 Err(failure) if failure.again && Instant::now() + AGAIN < deadline => tokio::time::sleep(AGAIN).await,
                 other => return other,
             }
         }
     }
 
-    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]).
+    /// Runs a pipeline; each answer may be an error of the server ([`fault::check`]). After one that says that another
+    /// server is responsible, the next call connects anew.
     pub async fn run_all(&self, commands: &Pipeline, deadline: Instant) -> Result<Vec<Value>, Failure> {
         let live = self.live(deadline).await?;
         let mut connection = live.connection;
         let atomic = commands.is_transaction();
         let (offset, count) = if atomic { (commands.len() + 1, 1) } else { (0, commands.len()) };
         let answer = timeout_at(deadline, connection.req_packed_commands(commands, offset, count)).await;
-        self.judge(live.number, answer.map(|answer| Ok(answer?)))
+        let answers = self.judge(live.number, answer.map(|answer| Ok(answer?)))?;
+        if answers.iter().any(fault::moved) {
+            self.drop_live(live.number);
+        }
+        Ok(answers)
     }
 
     /// Runs a script.

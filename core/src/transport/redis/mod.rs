@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use redis::Value;
 use tokio::time::Instant;
 
 use self::address::Address;
@@ -48,6 +49,7 @@ use self::keys::Keys;
 use self::link::{Link, Server};
 use self::partition::{PATIENCE, Partition, lock};
 use self::probe::Probe;
+use self::publish::Publisher;
 use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
@@ -68,7 +70,6 @@ struct Shared {
     partitions: Vec<Arc<Partition>>,
     settings: Settings,
     /// What a publish waits for.
-    confirm: Confirm,
     wanted: Confirm,
     sources: Mutex<Vec<Weak<dyn Source>>>,
     closed: AtomicBool,
@@ -114,15 +115,9 @@ impl Shared {
             let runtime = &crate::process::current().runtime;
             runtime.spawn(partition.clone().keep(limits.clone()));
             runtime.spawn(Doorbell::run(partition.clone()));
+            runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
         }
-        Ok(Arc::new(Self {
-            partitions,
-            settings,
-            confirm: probe.confirm(wanted),
-            wanted,
-            sources: Mutex::default(),
-            closed: AtomicBool::new(false),
-        }))
+        Ok(Arc::new(Self { partitions, settings, wanted, sources: Mutex::default(), closed: AtomicBool::new(false) }))
     }
 
     fn check(&self) -> Result<()> {
@@ -159,7 +154,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, batch, self.confirm, deadline).await
+        publish::publish(&self.partitions, batch, deadline).await
     }
 
     async fn close(&self) {
@@ -183,10 +178,15 @@ impl Drop for Shared {
 async fn agree(link: &Link, settings: &Settings) -> Result<u32> {
     let key = Keys::bus_meta(&settings.bus);
     let deadline = Instant::now() + PATIENCE;
-    let mut set = redis::cmd("HSETNX");
-    link.run(set.arg(&key).arg("partitions").arg(settings.partitions.unwrap_or(1)), deadline).await?;
     let mut get = redis::cmd("HMGET");
-    let facts = value::list(link.run(get.arg(&key).arg("partitions").arg("format"), deadline).await?)?;
+    get.arg(&key).arg("partitions").arg("format");
+    let mut facts = value::list(link.run(&get, deadline).await?)?;
+    // Not tried where it is there: a full server would refuse it.
+    if facts.first() == Some(&Value::Nil) {
+        let mut set = redis::cmd("HSETNX");
+        link.run(set.arg(&key).arg("partitions").arg(settings.partitions.unwrap_or(1)), deadline).await?;
+        facts = value::list(link.run(&get, deadline).await?)?;
+    }
     let mut facts = facts.into_iter().map(value::text);
     let count = facts.next().transpose()?.and_then(|count| count.parse().ok()).unwrap_or(1);
     match facts.next().transpose()? {

@@ -19,6 +19,7 @@ use super::fault::{Failure, strange};
 use super::keys::Keys;
 use super::link::{Link, Server};
 use super::member::Member;
+use super::publish::Publisher;
 use super::retention::Limits;
 use super::value::{self, Id};
 use super::{retention, scripts};
@@ -41,6 +42,7 @@ pub(super) struct Partition {
     pub keys: Keys,
     pub server: Arc<Server>,
     pub publishing: Link,
+    pub publisher: Publisher,
     pub work: Link,
     pub doorbell: Doorbell,
     /// The server's clock minus our boot clock.
@@ -75,6 +77,7 @@ impl Partition {
         Self {
             number,
             publishing: link(),
+            publisher: Publisher::default(),
             work: link(),
             doorbell: Doorbell::new(link()),
             keys,
@@ -255,6 +258,7 @@ impl Partition {
         self.closed.store(true, Ordering::Release);
         self.wake.notify_one();
         self.doorbell.close();
+        self.publisher.close();
         self.publishing.cut();
         self.work.cut();
     }

@@ -1,26 +1,35 @@
 //! Storing events: a plain XADD for one, a transaction for several.
 //!
-//! Commands of concurrent publishers share writes to the socket by themselves. What is delayed or expires goes through
-//! the script `later`, because only the server knows its time.
+//! Each partition has one task that stores ([`Publisher`]). What is published while a write is under way goes together
+//! with the next one: concurrent publishers share round trips without doing anything, and share the waiting for a disk or
+//! a replica. What is delayed or expires goes through the script `later`, because only the server knows its time.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use redis::{Cmd, Pipeline, Value};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::fault::{self, Failure, strange};
 use super::keys::partition_of;
-use super::partition::Partition;
+use super::partition::{Partition, lock};
 use super::{scripts, value};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::transport::{Confirm, Outgoing, Receipt, time};
 
-/// Before a batch is repeated that the server refused because it starts or fails over.
+/// Before something is repeated that the server refused because it starts or fails over.
 const AGAIN: Duration = Duration::from_millis(50);
+/// Events, and bytes of them, that one write carries at most.
+const MOST: usize = 5_000;
+const BYTES: usize = 8 << 20;
+/// What the storing task is given beyond a caller's deadline to say what is wrong.
+const GRACE: Duration = Duration::from_millis(100);
 
 struct Row {
     index: usize,
@@ -33,11 +42,161 @@ struct Row {
     expires_in: Option<i64>,
 }
 
+/// One caller's events for one partition: all or nothing.
+struct Job {
+    rows: Arc<Vec<Row>>,
+    deadline: Instant,
+    state: Arc<AtomicU8>,
+    reply: oneshot::Sender<Result<Vec<Value>>>,
+}
+
+/// Nobody may change its mind once it is sent.
+const QUEUED: u8 = 0;
+const SENT: u8 = 1;
+const GIVEN_UP: u8 = 2;
+
+fn step(state: &AtomicU8, from: u8, to: u8) -> bool {
+    state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+}
+
+/// What waits to be stored in one partition.
+#[derive(Default)]
+pub(super) struct Publisher {
+    queue: Mutex<VecDeque<Job>>,
+    wanted: Notify,
+}
+
+impl Publisher {
+    /// Stores the rows, or says why not: whether nothing was stored, or perhaps all.
+    async fn store(&self, rows: Arc<Vec<Row>>, deadline: Instant) -> Result<Vec<Value>> {
+        let (reply, answer) = oneshot::channel();
+        let state = Arc::new(AtomicU8::new(QUEUED));
+        lock(&self.queue).push_back(Job { rows, deadline, state: state.clone(), reply });
+        self.wanted.notify_one();
+        match tokio::time::timeout_at(deadline + GRACE, answer).await {
+            Ok(answer) => answer.unwrap_or_else(|_| Err(fault::closed())),
+            Err(_) if step(&state, QUEUED, GIVEN_UP) => Err(Error::new(
+                ErrorKind::PublishTimeout,
+                "the publish did not start in time and nothing was stored; the server is slow or far behind, try again",
+            )),
+            Err(_) => {
+                let late = Error::connection_failed("Redis did not answer in time");
+                Err(explain(Failure { unknown: true, ..late.into() }))
+            }
+        }
+    }
+
+    /// Stores until the partition is closed.
+    pub async fn run(partition: Arc<Partition>, confirm: Confirm) {
+        let publisher = &partition.publisher;
+        while !partition.is_closed() {
+            let Some(deadline) = publisher.earliest() else {
+                publisher.wanted.notified().await;
+                continue;
+            };
+            // First: what waits for a connection was not sent, and its callers may still be told so.
+            if let Err(failure) = partition.publishing.ready(deadline).await {
+                publisher.refuse(&failure);
+                continue;
+            }
+            let jobs = publisher.next();
+            if !jobs.is_empty() {
+                publisher.write(&partition, jobs, confirm).await;
+            }
+        }
+        lock(&publisher.queue).clear();
+    }
+
+    pub fn close(&self) {
+        self.wanted.notify_one();
+    }
+
+    fn earliest(&self) -> Option<Instant> {
+        lock(&self.queue).iter().map(|job| job.deadline).min()
+    }
+
+    /// Tells those whose time is up that there is no connection, and all of them when there never will be one.
+    fn refuse(&self, failure: &Failure) {
+        let hopeless = !failure.again && failure.error.kind() != ErrorKind::ConnectionFailed;
+        let now = Instant::now();
+        let mut queue = lock(&self.queue);
+        let (late, rest): (VecDeque<_>, _) = queue.drain(..).partition(|job| hopeless || job.deadline <= now);
+        *queue = rest;
+        drop(queue);
+        for job in late.into_iter().filter(|job| step(&job.state, QUEUED, GIVEN_UP)) {
+            drop(job.reply.send(Err(failure.error.clone())));
+        }
+    }
+
+    fn next(&self) -> Vec<Job> {
+        let mut queue = lock(&self.queue);
+        let (mut jobs, mut count, mut bytes) = (Vec::new(), 0, 0);
+        while count < MOST
+            && bytes < BYTES
+            && let Some(job) = queue.pop_front()
+        {
+            if step(&job.state, QUEUED, SENT) {
+                count += job.rows.len();
+                bytes += job.rows.iter().map(|row| row.bytes.len()).sum::<usize>();
+                jobs.push(job);
+            }
+        }
+        jobs
+    }
+
+    /// One write: every job's commands, and one waiting for all of them.
+    async fn write(&self, partition: &Partition, jobs: Vec<Job>, confirm: Confirm) {
+        let last = jobs.iter().map(|job| job.deadline).max().unwrap_or_else(Instant::now);
+        let mut commands = Pipeline::with_capacity(jobs.len() + 1);
+        commands.ignore_errors();
+        for job in &jobs {
+            add(&mut commands, partition, &job.rows);
+        }
+        match confirm {
+            Confirm::Memory => {}
+            Confirm::Disk => {
+                commands.cmd("WAITAOF").arg(1).arg(0).arg(patience(last));
+            }
+            Confirm::Replica => {
+                commands.cmd("WAIT").arg(1).arg(patience(last));
+            }
+        }
+        let mut answers = match partition.publishing.run_all(&commands, last).await {
+            Ok(answers) => answers.into_iter(),
+            Err(failure) => {
+                let error = explain(failure);
+                return jobs.into_iter().for_each(|job| drop(job.reply.send(Err(error.clone()))));
+            }
+        };
+        let sorted: Vec<_> = jobs.iter().map(|job| sort(&mut answers, job.rows.len())).collect();
+        let confirmed = confirmed(answers.next(), confirm);
+        let mut again = VecDeque::new();
+        for (job, stored) in jobs.into_iter().zip(sorted) {
+            match stored {
+                Err(failure) if failure.again && Instant::now() + AGAIN < job.deadline => {
+                    if failure.moved {
+                        partition.publishing.cut();
+                    }
+                    job.state.store(QUEUED, Ordering::Release);
+                    again.push_back(job);
+                }
+                Err(failure) => drop(job.reply.send(Err(explain(failure)))),
+                Ok(done) => drop(job.reply.send(confirmed.clone().map(|()| done))),
+            }
+        }
+        if !again.is_empty() {
+            tokio::time::sleep(AGAIN).await;
+            let mut queue = lock(&self.queue);
+            again.append(&mut queue);
+            *queue = again;
+        }
+    }
+}
+
 /// Stores the batch. Atomic within a partition; a failure lists what was not accepted.
 pub(super) async fn publish(
     partitions: &[Arc<Partition>],
     batch: Vec<Outgoing>,
-    confirm: Confirm,
     deadline: Instant,
 ) -> Result<Vec<Receipt>> {
     let count = batch.len();
@@ -48,9 +207,11 @@ pub(super) async fn publish(
     }
     let (mut receipts, mut failures) = (vec![None; count], Vec::new());
     let several = partitions.len() > 1;
-    let work = partitions.iter().zip(&parts).filter(|(_, rows)| !rows.is_empty());
-    let stored =
-        work.map(|(partition, rows)| async move { (rows, store(partition, rows, confirm, deadline, several).await) });
+    let work = partitions.iter().zip(parts).filter(|(_, rows)| !rows.is_empty());
+    let stored = work.map(|(partition, rows)| async move {
+        let rows = Arc::new(rows);
+        (rows.clone(), store(partition, rows, deadline, several).await)
+    });
     for (rows, stored) in futures_util::future::join_all(stored).await {
         match stored {
             Ok(positions) => {
@@ -104,20 +265,14 @@ fn command(partition: &Partition, row: &Row) -> Cmd {
     later
 }
 
-/// Stores what belongs to one partition, and waits for what `confirm` asks. The positions, in order.
+/// Stores what belongs to one partition. The positions, in order.
 async fn store(
     partition: &Partition,
-    rows: &[Row],
-    confirm: Confirm,
+    rows: Arc<Vec<Row>>,
     deadline: Instant,
     several: bool,
 ) -> Result<Vec<Option<Text>>> {
-    let answers = if let ([row], Confirm::Memory) = (rows, confirm) {
-        let answer = partition.publishing.run(&command(partition, row), deadline).await;
-        vec![answer.map_err(explain)?]
-    } else {
-        transaction(partition, rows, confirm, deadline).await?
-    };
+    let answers = partition.publisher.store(rows, deadline).await?;
     let position = |answer: Value| -> Result<Option<Text>> {
         let id = match answer {
             Value::Array(parts) => {
@@ -139,69 +294,62 @@ async fn store(
     answers.into_iter().map(position).collect()
 }
 
-async fn transaction(partition: &Partition, rows: &[Row], confirm: Confirm, deadline: Instant) -> Result<Vec<Value>> {
-    let mut commands = Pipeline::new();
-    commands.ignore_errors().cmd("MULTI");
+fn add(commands: &mut Pipeline, partition: &Partition, rows: &[Row]) {
+    if let [row] = rows {
+        commands.add_command(command(partition, row));
+        return;
+    }
+    commands.cmd("MULTI");
     for row in rows {
         commands.add_command(command(partition, row));
     }
     commands.cmd("EXEC");
-    match confirm {
-        Confirm::Memory => {}
-        Confirm::Disk => {
-            commands.cmd("WAITAOF").arg(1).arg(0).arg(patience(deadline));
-        }
-        Confirm::Replica => {
-            commands.cmd("WAIT").arg(1).arg(patience(deadline));
-        }
-    }
-    loop {
-        let answers = partition.publishing.run_all(&commands, deadline).await.map_err(explain)?;
-        match sort(answers, rows.len(), confirm) {
-            Err(failure) if failure.again && Instant::now() + AGAIN < deadline => {
-                if failure.moved {
-                    partition.publishing.cut();
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-            other => return other.map_err(explain),
-        }
-    }
 }
 
-/// The answers to the rows, out of those to `MULTI`, the rows as they were queued, `EXEC`, and the waiting.
-fn sort(answers: Vec<Value>, rows: usize, confirm: Confirm) -> Result<Vec<Value>, Failure> {
-    let mut answers = answers.into_iter();
-    for _ in 0..=rows {
-        // The first refusal says why; EXEC would only say that there was one.
-        fault::check(answers.next().unwrap_or(Value::Nil))?;
+/// The answers to one job's rows.
+fn sort(answers: &mut impl Iterator<Item = Value>, rows: usize) -> Result<Vec<Value>, Failure> {
+    let mut next = || answers.next().map_or_else(|| Err(strange("a short pipeline").into()), fault::check);
+    if rows == 1 {
+        return Ok(vec![next()?]);
     }
-    let done = value::list(fault::check(answers.next().unwrap_or(Value::Nil))?)?;
+    // The first refusal says why; EXEC would only say that there was one. All are taken, whatever they say.
+    let queued: Vec<_> = (0..=rows).map(|_| next()).collect();
+    let done = next();
+    queued.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let done = value::list(done?)?;
     if done.len() != rows {
         return Err(strange("a short transaction").into());
     }
-    let done = done.into_iter().map(fault::check).collect::<Result<Vec<_>, _>>()?;
-    let reached = match confirm {
-        Confirm::Memory => return Ok(done),
-        Confirm::Disk => value::list(fault::check(answers.next().unwrap_or(Value::Nil))?)?.into_iter().next(),
-        Confirm::Replica => answers.next().map(fault::check).transpose()?,
+    done.into_iter().map(fault::check).collect()
+}
+
+/// Whether the write reached what `confirm` names.
+fn confirmed(answer: Option<Value>, confirm: Confirm) -> Result<()> {
+    let answer = match confirm {
+        Confirm::Memory => return Ok(()),
+        Confirm::Disk | Confirm::Replica => fault::check(answer.unwrap_or(Value::Nil)).map_err(explain)?,
     };
-    if reached.map(value::number).transpose()?.unwrap_or(0) >= 1 {
-        return Ok(done);
+    let reached = match answer {
+        Value::Array(counts) => counts.into_iter().next().map_or(Ok(0), value::number)?,
+        count => value::number(count)?,
+    };
+    if reached >= 1 {
+        return Ok(());
     }
     let what = if confirm == Confirm::Disk { "its disk" } else { "a replica" };
-    let error = Error::new(
+    Err(Error::new(
         ErrorKind::PublishUnknown,
         format!(
             "Redis has the event in memory, and did not confirm in time that it is on {what}; it may be lost with the server"
         ),
-    );
-    Err(error.into())
+    ))
 }
 
+/// What the server may wait, in milliseconds. Its answer must come before our own deadline, at which the connection would
+/// be given up, and it looks at its clock ten times a second.
 fn patience(deadline: Instant) -> u64 {
     let left = deadline.saturating_duration_since(Instant::now());
-    (left.as_millis() as u64).saturating_sub(50).max(1)
+    (left.as_millis() as u64).saturating_sub(200).max(1)
 }
 
 /// A publish that was sent and not answered may have happened.

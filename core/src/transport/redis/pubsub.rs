@@ -30,7 +30,7 @@ use crate::pattern::Pattern;
 use crate::retry::{Jitter, RetryPolicy};
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Settlement,
-    Source, Task, Transport,
+    Source, Start, Task, Transport,
 };
 
 /// Events that wait for one subscription's handlers; more are dropped and counted.
@@ -157,6 +157,11 @@ impl Shared {
         if !spec.broadcast {
             return Err(Error::unsupported(
                 "redis+pubsub:// has no groups: every process gets every event, at most once; subscribe with broadcast set to true, or use redis://",
+            ));
+        }
+        if spec.start != Start::New {
+            return Err(Error::unsupported(
+                "redis+pubsub:// has no past to start from; leave start out, or use redis://",
             ));
         }
         let listener = Arc::new(Listener {

@@ -2,6 +2,8 @@
 //!
 //! Numbers are milliseconds of the server's clock. A script is sent once by its text and then named by its digest; a
 //! server that does not know it (it was restarted, or another one took over) says so and gets the text.
+//!
+//! Those with `allow-oom` run on a server that is full, too: they move what is there, or make room.
 
 use std::sync::LazyLock;
 
@@ -44,6 +46,10 @@ macro_rules! scripts {
             $(load.cmd("SCRIPT").arg("LOAD").arg($name.text);)*
             load
         }
+
+        fn all() -> [&'static Script; [$($file),*].len()] {
+            [$(&$name),*]
+        }
     };
 }
 
@@ -64,4 +70,27 @@ scripts! {
     DROP = "drop",
     STATS = "stats",
     TYPES = "types",
+}
+
+/// The command where a script failed, from what the server says of it: `… script: <digest>, on @user_script:<line>.`
+pub(super) fn command_at(said: &str) -> Option<&'static str> {
+    let (digest, line) = said.split_once("script: ")?.1.split_once(", on @user_script:")?;
+    let line: usize = line.trim_end_matches('.').parse().ok()?;
+    let script = all().into_iter().find(|script| script.digest == digest)?;
+    let call = script.text.lines().nth(line.checked_sub(1)?)?.split_once("call('")?.1;
+    Some(call.split_once('\'')?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_of_a_failed_script_is_found() {
+        let line = 1 + SKIP.text.lines().position(|line| line.contains("'XACK'")).unwrap();
+        let said = format!("cannot script: {}, on @user_script:{line}.", SKIP.digest);
+        assert_eq!(command_at(&said), Some("XACK"));
+        assert_eq!(command_at(&said.replace(&SKIP.digest, "0")), None);
+        assert_eq!(command_at("cannot"), None);
+    }
 }

@@ -167,30 +167,29 @@ impl Shared {
 
     async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<Lease>> {
         let mut lost = Vec::new();
+        let leases: Vec<Lease> = settlements.iter().map(|settlement| settlement.lease).collect();
         let mut parts: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
         for Settlement { lease, verdict } in settlements {
             match self.hold.get(lease) {
                 Some(held) => parts[held.partition].push((lease, held, verdict)),
-                None if self.hold.was_settled(lease) => {}
                 None => lost.push(lease),
             }
         }
-        let leases: Vec<Lease> = parts.iter().flatten().map(|(lease, ..)| *lease).collect();
+        let mut failure = None;
         for (member, part) in self.members.iter().zip(parts) {
             if part.is_empty() {
                 continue;
             }
             match member.settle(part).await {
                 Ok(refused) => lost.extend(refused),
-                Err(failure) => {
-                    // The caller repeats the whole batch: what was done must not count as lost then.
-                    let done = leases.iter().filter(|lease| self.hold.get(**lease).is_none());
-                    done.for_each(|lease| self.hold.remember_settled(*lease));
-                    return Err(failure.error);
-                }
+                Err(cause) => failure = Some(cause.error),
             }
         }
-        Ok(lost)
+        let Some(error) = failure else { return Ok(lost) };
+        // The rest was done: acknowledgements go on while a full server refuses dead letters.
+        let left = leases.iter().enumerate().filter(|(_, lease)| self.hold.get(**lease).is_some());
+        let left = left.map(|(index, _)| (index, error.clone())).collect();
+        Err(error.listing(left))
     }
 
     async fn heartbeat(&self, held: &[Lease]) -> Result<Vec<Lease>> {

@@ -2,5 +2,14 @@
 //! transport must do is in `../conformance`.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod cluster;
+mod durability;
+mod full;
+mod outages;
+mod pubsub;
+mod refused;
+mod secure;
+mod sentinel;
 mod stage;
 mod traps;
+mod support;

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Takes what waits in a group and is due, after freeing what dead owners held. Their attempts count.
 -- KEYS retry held work
 -- ARGV token prefix | lease ms | most entries | most bytes

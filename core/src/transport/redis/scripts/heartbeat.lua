@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Keeps leases for another period; those that are not ours any more are left alone.
 -- KEYS events held work counts
 -- ARGV group | consumer | lease ms | then 3 for each: how it is held | id | fence

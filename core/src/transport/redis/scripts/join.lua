@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Joins a group, making it when it is new, and also after a reset: the server has lost the group or its stream.
 -- KEYS events groups meta bell
 -- ARGV group | facts (JSON) | start of a new group | a fresh epoch | known epoch, or "" for a first join | cursor

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Moves delayed events that are due into the log, oldest first.
 -- KEYS events delayed delayed:data
 -- ARGV most events

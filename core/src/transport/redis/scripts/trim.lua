@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Removes from the log what every group has finished and is older than the retention. Never what one has not.
 -- KEYS events meta
 -- ARGV retention ms | shortest time between two sweeps, ms | most entries
