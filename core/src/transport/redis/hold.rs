@@ -115,9 +115,19 @@ impl Hold {
         }
     }
 
-    /// What waits here was seen by no handler.
-    pub fn take_ready(&self) -> Vec<Delivery> {
-        lock(&self.ready).drain(..).collect()
+    /// Nothing of what waits here was seen by a handler: it is given back with the rest.
+    pub fn clear_ready(&self) {
+        lock(&self.ready).clear();
+    }
+
+    /// What waits here and another could handle. An event that cannot be decoded needs no handler, and the group's store of
+    /// work would not tell its codec.
+    pub fn surplus(&self) -> Vec<Delivery> {
+        let mut ready = lock(&self.ready);
+        let (surplus, rest): (Vec<_>, Vec<_>) =
+            ready.drain(..).partition(|delivery| matches!(delivery.body, Body::Event(_)));
+        ready.extend(rest);
+        surplus
     }
 
     /// After all: for the next `take`.

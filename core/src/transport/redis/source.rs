@@ -29,6 +29,8 @@ struct Shared {
     turn: AtomicUsize,
     /// A `take` is under way.
     taking: AtomicBool,
+    /// Held by a look, which goes on when its `take` was dropped.
+    looking: tokio::sync::Mutex<()>,
     closed: watch::Sender<bool>,
 }
 
@@ -62,6 +64,7 @@ pub(super) async fn join(
         members,
         turn: AtomicUsize::new(0),
         taking: AtomicBool::new(false),
+        looking: tokio::sync::Mutex::default(),
         closed: watch::Sender::new(false),
     }))))
 }
@@ -116,7 +119,7 @@ impl Shared {
     /// There is no room for more until the next `take`. What came beyond it, or still comes from a read that stands at the
     /// server, could run elsewhere, and is given back.
     fn full(self: &Arc<Self>) {
-        let surplus = self.hold.take_ready();
+        let surplus = self.hold.surplus();
         let reads = self.members.iter().filter(|member| member.stop_reading()).count();
         if surplus.is_empty() && reads == 0 {
             return;
@@ -128,7 +131,7 @@ impl Shared {
                 member.quiet().await;
             }
             if !shared.taking.load(Ordering::Acquire) {
-                shared.hand_on(shared.hold.take_ready()).await;
+                shared.hand_on(shared.hold.surplus()).await;
             }
         });
     }
@@ -145,9 +148,13 @@ impl Shared {
 
     /// Looks at every partition once. How long nothing has to be looked at again, unless somebody rings.
     async fn look(self: Arc<Self>, max: usize) -> Result<Duration, Failure> {
+        let _looking = self.looking.lock().await;
         let first = self.turn.fetch_add(1, Ordering::Relaxed);
         let count = self.members.len();
         for index in 0..count {
+            if *self.closed.borrow() {
+                return Ok(Duration::ZERO);
+            }
             self.members[(first + index) % count].look(max).await?;
         }
         if self.hold.has_ready() || *self.closed.borrow() {
@@ -194,6 +201,7 @@ impl Shared {
 
     async fn leave(&self) {
         self.give_back().await;
+        drop(self.looking.lock().await); // it may be about to read; no other begins
         for member in &self.members {
             // A read that waits at the doorbell could bring something at the last moment: end it, and look.
             if member.stop_reading() {
@@ -212,7 +220,7 @@ impl Shared {
     }
 
     async fn give_back(&self) {
-        drop(self.hold.take_ready());
+        self.hold.clear_ready();
         let left = releases(self.hold.all());
         if left.is_empty() {
             return;

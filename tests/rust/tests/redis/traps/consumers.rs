@@ -74,3 +74,20 @@ async fn names_are_never_used_twice_and_go_with_their_owner() {
         assert_eq!(consumers(&server, MAIL), []);
     }
 }
+
+/// It may be in the middle of its first look when it is told to go.
+#[tokio::test]
+async fn who_leaves_takes_nothing_any_more() {
+    let server = RedisServer::start();
+    let options = polybus_core::BusOptions { lease: Duration::from_secs(60), ..options() };
+    let (one, two) = (polybus_core::Bus::new(&server.url(), options).unwrap(), bus(&server.url()));
+    make_group(&two).await;
+    for number in 0..50 {
+        make_group(&one).await;
+        publish(&two, "order.created", &number.to_string()).await;
+    }
+    let (_mail, mut seen) = subscribe(&two, "*", one_by_one("mail"), |_| Outcome::Done).await;
+    seen.all_numbers(50).await;
+    finished(&two, MAIL).await;
+    assert_eq!(consumers(&server, MAIL).len(), 1);
+}

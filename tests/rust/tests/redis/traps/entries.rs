@@ -85,6 +85,25 @@ async fn an_unknown_codec() {
     assert!(letter.error.message.contains("\"zip\""), "{}", letter.error.message);
 }
 
+/// Read together with an event that takes all the room, which is given back through a store that knows no codecs.
+#[tokio::test]
+async fn an_unknown_codec_beyond_the_room() {
+    let server = RedisServer::start();
+    let bus = bus(&server.url());
+    let (_mail, mut seen) = subscribe(&bus, "order.*", one_by_one("mail"), |_| Outcome::Done).await;
+    let noise = (0..200).map(|number| outgoing(event("stock.changed", &number.to_string()))).collect();
+    bus.publish(noise).await.unwrap(); // from now on it reads many at once
+    finished(&bus, MAIL).await;
+    let script = "redis.call('XADD', KEYS[1], '*', 't', 'order.created', 'e', ARGV[1])
+        return redis.call('XADD', KEYS[1], '*', 't', 'order.created', 'c', 'zip', 'e', ARGV[1])";
+    server.cli(&["EVAL", script, "1", EVENTS, &wire("1")]);
+    assert_eq!(payload(&seen.next().await), "1");
+    finished(&bus, MAIL).await;
+    assert!(seen.is_empty());
+    let letters = bus.dead_letters(DeadLetterFilter::default(), None, 10).await.unwrap();
+    assert_eq!(letters.iter().map(|letter| letter.reason).collect::<Vec<_>>(), [DeadReason::Undecodable]);
+}
+
 #[tokio::test]
 async fn bytes_that_are_no_text() {
     let server = RedisServer::start();
