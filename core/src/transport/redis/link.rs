@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::address::{Address, Layout};
 use super::fault::{self, Failure};
+use super::partition::lock;
 use super::scripts::{self, Script};
 use super::value;
 use crate::error::{Error, ErrorKind, Result};
@@ -225,7 +226,20 @@ pub(super) struct Link {
     /// Its slot decides to which server the link goes.
     key: String,
     current: Arc<Mutex<Option<Live>>>,
-    attempts: tokio::sync::Mutex<u32>,
+    attempts: tokio::sync::Mutex<Attempts>,
+    /// Why the last attempt failed.
+    why: Mutex<Option<Error>>,
+}
+
+/// Kept by the link, not by who waits for it: those who gave up together would come back together.
+#[derive(Default)]
+struct Attempts {
+    /// There was a connection.
+    made: bool,
+    /// Since then.
+    failed: u32,
+    /// Not before.
+    next: Option<Instant>,
 }
 
 #[derive(Clone)]
@@ -236,7 +250,7 @@ struct Live {
 
 impl Link {
     pub fn new(server: Arc<Server>, key: String) -> Self {
-        Self { server, key, current: Arc::default(), attempts: tokio::sync::Mutex::default() }
+        Self { server, key, current: Arc::default(), attempts: Default::default(), why: Mutex::default() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Live>> {
@@ -249,40 +263,50 @@ impl Link {
         if let Some(live) = self.lock().clone() {
             return Ok(live);
         }
-        let mut last = None;
         let attempt = async {
             let mut attempts = self.attempts.lock().await;
             loop {
                 if let Some(live) = self.lock().clone() {
                     return Ok(live);
                 }
+                if let Some(next) = attempts.next {
+                    tokio::time::sleep_until(next).await;
+                }
+                // Counted before it is known how it ends, because the deadline may come first.
+                attempts.failed = attempts.failed.saturating_add(1);
+                let pause = RECONNECT.delay(attempts.failed, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
+                attempts.next = Some(Instant::now() + pause);
                 match self.connect().await {
                     Ok(live) => {
-                        if std::mem::take(&mut *attempts) > 0 {
+                        if attempts.made {
                             self.server.reconnects.fetch_add(1, Ordering::Relaxed);
                         }
+                        *attempts = Attempts { made: true, failed: 0, next: None };
+                        *lock(&self.why) = None;
                         self.server.note(None);
                         return Ok(live);
                     }
                     Err(failure) if !failure.again && failure.error.kind() != ErrorKind::ConnectionFailed => {
+                        attempts.next = None;
                         return Err(failure);
                     }
                     Err(failure) => {
+                        attempts.next = Some(Instant::now() + pause);
                         self.server.note(Some(&failure));
-                        last = Some(failure);
-                        *attempts = attempts.saturating_add(1);
-                        let pause = RECONNECT.delay(*attempts, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
-                        tokio::time::sleep(pause).await;
+                        *lock(&self.why) = Some(failure.error);
                     }
                 }
             }
         };
         match timeout_at(deadline, attempt).await {
             Ok(found) => found,
-            Err(_) => Err(last.unwrap_or_else(|| {
-                let place = self.server.address.describe();
-                Error::connection_failed(format!("no connection to Redis at {place} in time")).into()
-            })),
+            Err(_) => {
+                let late = || {
+                    let place = self.server.address.describe();
+                    Error::connection_failed(format!("no connection to Redis at {place} in time"))
+                };
+                Err(lock(&self.why).clone().unwrap_or_else(late).into())
+            }
         }
     }
 
@@ -308,6 +332,7 @@ impl Link {
     pub async fn check(&self) -> Result<(), Failure> {
         if self.lock().is_none() {
             self.connect().await?;
+            self.attempts.lock().await.made = true;
         }
         Ok(())
     }
