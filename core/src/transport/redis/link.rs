@@ -243,6 +243,8 @@ pub(super) struct Link {
     current: Arc<Mutex<Option<Live>>>,
     /// Of the server; in a cluster, where one node may be away and the others not, its own.
     gate: Arc<Gate>,
+    /// There was a connection before.
+    made: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -257,7 +259,7 @@ impl Link {
             Layout::Cluster => Arc::default(),
             _ => server.gate.clone(),
         };
-        Self { server, key, current: Arc::default(), gate }
+        Self { server, key, current: Arc::default(), gate, made: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Live>> {
@@ -279,36 +281,41 @@ impl Link {
                 if let Some(live) = self.lock().clone() {
                     return Ok(live);
                 }
+                // Counted before it is known how it ends, because the deadline may come first.
+                attempts.failed = attempts.failed.saturating_add(1);
+                let pause = RECONNECT.delay(attempts.failed, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
+                attempts.next = Some(Instant::now() + pause);
                 match self.connect().await {
                     Ok(live) => {
-                        if std::mem::take(&mut *attempts).failed > 0 {
+                        if self.made.swap(true, Ordering::Relaxed) {
                             self.server.reconnects.fetch_add(1, Ordering::Relaxed);
                         }
+                        *attempts = Attempts::default();
+                        *lock(&self.gate.failure) = None;
                         self.server.note(None);
                         return Ok(live);
                     }
                     Err(failure) if !failure.again && failure.error.kind() != ErrorKind::ConnectionFailed => {
+                        attempts.next = None;
                         return Err(failure);
                     }
                     Err(failure) => {
+                        attempts.next = Some(Instant::now() + pause);
                         self.server.note(Some(&failure));
                         *lock(&self.gate.failure) = Some(failure.error);
-                        attempts.failed = attempts.failed.saturating_add(1);
-                        let pause = RECONNECT.delay(attempts.failed, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
-                        attempts.next = Some(Instant::now() + pause);
                     }
                 }
             }
         };
         match timeout_at(deadline, attempt).await {
             Ok(found) => found,
-            Err(_) => Err(lock(&self.gate.failure)
-                .clone()
-                .unwrap_or_else(|| {
+            Err(_) => {
+                let late = || {
                     let place = self.server.address.describe();
                     Error::connection_failed(format!("no connection to Redis at {place} in time"))
-                })
-                .into()),
+                };
+                Err(lock(&self.gate.failure).clone().unwrap_or_else(late).into())
+            }
         }
     }
 
@@ -334,6 +341,7 @@ impl Link {
     pub async fn check(&self) -> Result<(), Failure> {
         if self.lock().is_none() {
             self.connect().await?;
+            self.made.store(true, Ordering::Relaxed);
         }
         Ok(())
     }

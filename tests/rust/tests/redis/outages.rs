@@ -152,8 +152,8 @@ async fn a_name_that_is_not_known_is_told() {
     assert_error(&error, ErrorKind::ConnectionFailed, &["no-such-host.invalid"]);
 }
 
-/// While a server is away its clients come at different times. Each of 50 buses has two connections that somebody waits
-/// for; without jitter all of them would come in one slice of a second.
+/// While a server is away its clients come at different times: a tenth of them in each tenth of a second, measured at most
+/// 20; all that lost it at once would come in one slice otherwise, a little spread by the machine, measured at least 39.
 #[tokio::test]
 async fn fifty_buses_do_not_come_back_together() {
     const BUSES: usize = 50;
@@ -174,7 +174,7 @@ async fn fifty_buses_do_not_come_back_together() {
     let arrivals = proxy.arrivals().split_off(before + 12 * BUSES);
     let within_a_slice = |from: &Instant| arrivals.iter().filter(|at| *at >= from && **at < *from + SLICE).count();
     let busiest = arrivals.iter().map(within_a_slice).max().unwrap();
-    assert!(busiest < BUSES, "{busiest} attempts within {SLICE:?}");
+    assert!(busiest < 30, "{busiest} attempts within {SLICE:?}");
     server.restart(Data::Lost);
     for (bus, _) in &all {
         publish(bus, "n", "0").await;

@@ -101,7 +101,8 @@ async fn tls_works_with_its_authority_and_with_a_clients_certificate() {
 
 #[tokio::test]
 async fn tls_refuses_strangers() {
-    let server = RedisServer::with(Options { tls: Tls::Mutual, ..Options::default() });
+    let more = vec![("bind", "127.0.0.1 127.0.0.2".to_owned())];
+    let server = RedisServer::with(Options { tls: Tls::Mutual, more, ..Options::default() });
     let (address, other) = (server.address(), Certificates::new());
     let made = server.certificates().unwrap();
     let authority = |made: &Certificates| format!("ca_file={}", made.authority().display());
@@ -109,20 +110,21 @@ async fn tls_refuses_strangers() {
         let (certificate, key) = made.client();
         format!("cert_file={}&key_file={}", certificate.display(), key.display())
     };
-    for (what, url) in [
-        ("no authority", format!("rediss://{address}?{}", client(made))),
-        ("another authority", format!("rediss://{address}?{}&{}", authority(&other), client(made))),
-        ("no certificate of the client", format!("rediss://{address}?{}", authority(made))),
-        ("another client", format!("rediss://{address}?{}&{}", authority(made), client(&other))),
-        ("no TLS", format!("redis://{address}")),
+    for (what, why, url) in [
+        ("no authority", "UnknownIssuer", format!("rediss://{address}?{}", client(made))),
+        ("another authority", "certificate", format!("rediss://{address}?{}&{}", authority(&other), client(made))),
+        ("no certificate of the client", "CertificateRequired", format!("rediss://{address}?{}", authority(made))),
+        ("another client", "UnknownCA", format!("rediss://{address}?{}&{}", authority(made), client(&other))),
+        ("no TLS", "TLS", format!("redis://{address}")),
         (
             "another name",
-            format!("rediss://localhost.localdomain:{}?{}&{}", server.port(), authority(made), client(made)),
+            "not valid for name",
+            format!("rediss://127.0.0.2:{}?{}&{}", server.port(), authority(made), client(made)),
         ),
     ] {
         let error = not_opened(&hasty(&url)).await;
         assert_error(&error, ErrorKind::ConnectionFailed, &[&server.port().to_string(), "TLS"]);
-        println!("{what}: {error}");
+        assert!(error.to_string().contains(why), "{what}: {error}");
     }
     let plain = RedisServer::start();
     let url = format!("rediss://{}?{}", plain.address(), authority(made));
