@@ -9,7 +9,7 @@ use polybus_core::delivery::{Body, Delivery, Verdict};
 use polybus_core::event::{Event, EventType, Meta};
 use polybus_core::pattern::Pattern;
 use polybus_core::transport::{
-    Durability, GroupSpec, Outgoing, Receipt, Settings, Settlement, Source, Start, Transport, connect,
+    Confirm, Durability, GroupSpec, Outgoing, Receipt, Settings, Settlement, Source, Start, Transport, connect,
 };
 
 pub const TYPE: &str = "order.created";
@@ -20,9 +20,11 @@ pub fn settings() -> Settings {
     Settings {
         bus: "default".into(),
         durability: Durability::Normal,
-        retention: Duration::from_secs(3600),
+        retention: None,
         max_age: None,
         max_events: None,
+        confirm: Confirm::Memory,
+        partitions: None,
         max_payload_bytes: 1 << 20,
         clock: polybus_core::clock::Clock::default(),
         allow_network_fs: false,
