@@ -44,7 +44,7 @@ class BusOptions(TypedDict, total=False):
     publish_timeout: Seconds
     """Longest wait of one publish. Default 10."""
     retention: Seconds
-    """How long an event is kept after every group has finished it. Default: 1 hour in a SQLite file, 1 minute on Redis."""
+    """How long an event is kept after every group has finished it. Default: 1 hour in a file, 1 minute on Redis."""
     max_age: Seconds
     """Drop events older than this, finished or not. Default: never."""
     max_events: int

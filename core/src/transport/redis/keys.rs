@@ -4,6 +4,8 @@
 #[derive(Debug, Clone)]
 pub(super) struct Keys {
     prefix: String,
+    /// Of a bus that has several: where their number is kept, and how many there are.
+    parts: Option<(String, u32)>,
     pub events: String,
     pub delayed: String,
     pub delayed_data: String,
@@ -41,6 +43,7 @@ impl Keys {
             counts: key("counts"),
             meta: key("meta"),
             bell: key("bell"),
+            parts: (partitions > 1).then(|| (Self::bus_meta(bus), partitions)),
             prefix,
         }
     }
@@ -48,6 +51,11 @@ impl Keys {
     /// What the partitions of a bus have in common.
     pub fn bus_meta(bus: &str) -> String {
         format!("polybus:{{{bus}}}:meta")
+    }
+
+    /// Where the number of partitions is kept, and the number; `None` when there is one.
+    pub fn parts(&self) -> Option<(&str, u32)> {
+        self.parts.as_ref().map(|(key, count)| (key.as_str(), *count))
     }
 
     pub fn group(&self, group: &str) -> GroupKeys {

@@ -55,6 +55,8 @@ pub(super) struct Partition {
     epoch: Mutex<Epoch>,
     /// Groups that were made again because the server had lost them.
     pub resets: AtomicU64,
+    /// The server may have lost the number of partitions.
+    forgotten: AtomicBool,
     wake: Notify,
     closed: AtomicBool,
 }
@@ -88,6 +90,7 @@ impl Partition {
             members: Mutex::default(),
             epoch: Mutex::default(),
             resets: AtomicU64::new(0),
+            forgotten: AtomicBool::new(false),
             wake: Notify::new(),
             closed: AtomicBool::new(false),
         }
@@ -154,6 +157,8 @@ impl Partition {
     /// After a group was made again: counts it, and says so once for all groups.
     pub fn reset(&self, group: &str) {
         self.resets.fetch_add(1, Ordering::Relaxed);
+        self.forgotten.store(true, Ordering::Release);
+        self.wake.notify_one();
         let mut epoch = lock(&self.epoch);
         if epoch.reported.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
             epoch.reported = Some(Instant::now());
@@ -162,6 +167,23 @@ impl Partition {
                 self.keys.events
             );
         }
+    }
+
+    /// Writes the number of partitions again after a loss: whoever comes next would choose another.
+    async fn remind(&self) -> Result<(), Failure> {
+        let Some((key, count)) = self.keys.parts() else { return Ok(()) };
+        // Not our slot: a connection for the moment.
+        let link = Link::new(self.server.clone(), key.to_owned());
+        let mut set = redis::cmd("HSETNX");
+        link.run(set.arg(key).arg("partitions").arg(count), self.patience()).await?;
+        let mut get = redis::cmd("HGET");
+        let found = value::number(link.run(get.arg(key).arg("partitions"), self.patience()).await?)?;
+        if found != i64::from(count) {
+            log::error!(
+                "after the server lost its data, another process made this bus with {found} partitions instead of {count}: give it partitions={count}, or restart this one"
+            );
+        }
+        Ok(())
     }
 
     /// One look at the partition, for `members`.
@@ -222,7 +244,9 @@ impl Partition {
             let delayed = self.delayed.load(Ordering::Acquire);
             let due = (delayed >= 0).then(|| now + Duration::from_millis((delayed - self.now()).max(0).unsigned_abs()));
             let watched = !self.members().is_empty();
-            let step = if due.is_some_and(|due| due <= now) {
+            let step = if self.forgotten.swap(false, Ordering::AcqRel) {
+                self.remind().await.inspect_err(|_| self.forgotten.store(true, Ordering::Release))
+            } else if due.is_some_and(|due| due <= now) {
                 self.promote().await
             } else if watched && pulse_at <= now {
                 pulse_at = now + PULSE.mul_f64(0.8 + 0.4 * fastrand::f64());

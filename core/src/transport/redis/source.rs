@@ -15,6 +15,8 @@ use crate::delivery::{Delivery, Lease};
 use crate::error::{ErrorKind, Result};
 use crate::transport::{GroupSpec, Settlement, Source, Task};
 
+/// How long a delivery may wait here without room for it.
+const HOARD: Duration = Duration::from_millis(50);
 /// Before a look is repeated that failed because the server cannot be reached; the link waits as well.
 const AGAIN: Duration = Duration::from_millis(100);
 /// How long leaving may take: what it could not give back returns when its lease runs out.
@@ -28,6 +30,8 @@ struct Shared {
     /// Where the next look begins, so that no partition is always the last.
     turn: AtomicUsize,
     /// A `take` is under way.
+    /// Soon what there is no room for is given back.
+    waning: AtomicBool,
     taking: AtomicBool,
     /// Held by a look, which goes on when its `take` was dropped.
     looking: tokio::sync::Mutex<()>,
@@ -64,6 +68,7 @@ pub(super) async fn join(
         members,
         turn: AtomicUsize::new(0),
         taking: AtomicBool::new(false),
+        waning: AtomicBool::new(false),
         looking: tokio::sync::Mutex::default(),
         closed: watch::Sender::new(false),
     }))))
@@ -117,15 +122,24 @@ impl Shared {
     }
 
     /// There is no room for more until the next `take`. What came beyond it, or still comes from a read that stands at the
-    /// server, could run elsewhere, and is given back.
+    /// server, could run elsewhere, and is given back; but not at once: with quick handlers the next `take` is near, and what
+    /// is given back has lost its place.
     fn full(self: &Arc<Self>) {
-        let surplus = self.hold.surplus();
-        let reads = self.members.iter().filter(|member| member.stop_reading()).count();
-        if surplus.is_empty() && reads == 0 {
+        if self.waning.swap(true, Ordering::AcqRel) {
             return;
         }
         let shared = self.clone();
         crate::process::current().runtime.spawn(async move {
+            tokio::time::sleep(HOARD).await;
+            shared.waning.store(false, Ordering::Release);
+            if shared.taking.load(Ordering::Acquire) {
+                return;
+            }
+            let reads = shared.members.iter().filter(|member| member.stop_reading()).count();
+            let surplus = shared.hold.surplus();
+            if surplus.is_empty() && reads == 0 {
+                return;
+            }
             shared.hand_on(surplus).await;
             for member in &shared.members {
                 member.quiet().await;

@@ -150,6 +150,23 @@ async fn another_number_of_partitions_is_refused() {
     assert!(details.contains(&("partitions", "3".to_owned())), "{details:?}");
 }
 
+/// A server that lost everything is told again, so that the next process finds the same partitions.
+#[tokio::test]
+async fn the_number_of_partitions_outlives_a_flush() {
+    let server = RedisServer::start();
+    let three = in_parts(&server.url(), 3);
+    let (_kept, _) = listen(&three, "n", "all").await;
+    server.cli(&["FLUSHALL"]);
+    eventually("it is written again", || async {
+        Ok(server.cli(&["HGET", "polybus:{default}:meta", "partitions"]).trim() == "3")
+    })
+    .await;
+    let whatever_it_has = bus(&server.url());
+    let (_, mut seen) = listen(&whatever_it_has, "n", "other").await;
+    publish_keyed(&three, &keys(), 0..2).await.unwrap();
+    assert_eq!(by_key(&mut seen, 18).await.len(), 9);
+}
+
 /// The slot of one partition moves to another node with all its keys, while the bus runs.
 #[tokio::test]
 async fn a_slot_that_moves_is_followed() {
