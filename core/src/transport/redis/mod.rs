@@ -6,7 +6,7 @@
 //! | [`address`], [`link`], [`fault`], [`value`] | from the URL to a connection that comes back; what errors and answers mean |
 //! | [`keys`], [`scripts`] | the names of the keys; the atomic steps inside the server |
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
-//! | [`publish`], [`member`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
+//! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
 //! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
@@ -22,6 +22,7 @@ mod doorbell;
 mod fault;
 mod group;
 mod hold;
+mod intake;
 mod keys;
 mod link;
 mod member;
