@@ -16,7 +16,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::address::Address;
-use super::fault::closed;
+use super::fault::{Failure, closed};
 use super::hold::decode;
 use super::link::{Link, Server};
 use super::partition::{PATIENCE, lock};
@@ -58,6 +58,8 @@ struct Shared {
     changed: watch::Sender<u64>,
     /// The version of the channel patterns that the server has confirmed.
     confirmed: watch::Sender<u64>,
+    /// Why the last attempt to listen failed.
+    refused: watch::Sender<Option<Error>>,
     gaps: AtomicU64,
     dropped: AtomicU64,
     closed: AtomicBool,
@@ -96,6 +98,7 @@ pub(in crate::transport) fn open(rest: &str, settings: Settings) -> Task<Result<
             listeners: Mutex::default(),
             changed: watch::Sender::new(0),
             confirmed: watch::Sender::new(0),
+            refused: watch::Sender::new(None),
             gaps: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -173,17 +176,30 @@ impl Shared {
             closed: watch::Sender::new(false),
         });
         lock(&self.listeners).push(Arc::downgrade(&listener));
-        let mut confirmed = self.confirmed.subscribe();
+        let (mut confirmed, mut refused) = (self.confirmed.subscribe(), self.refused.subscribe());
+        refused.mark_unchanged();
         let mut version = 0;
         self.changed.send_modify(|changed| {
             *changed += 1;
             version = *changed;
         });
-        let heard = tokio::time::timeout(PATIENCE, confirmed.wait_for(|confirmed| *confirmed >= version)).await;
-        match heard {
-            Ok(Ok(_)) => Ok(listener),
-            _ => Err(Error::connection_failed("the server did not confirm the subscription in time")),
+        let hopeless = |failure: &Option<Error>| {
+            failure.as_ref().is_some_and(|failure| failure.kind() != ErrorKind::ConnectionFailed)
+        };
+        tokio::select! {
+            heard = confirmed.wait_for(|confirmed| *confirmed >= version) => {
+                heard.map_err(|_| closed())?;
+                return Ok(listener);
+            }
+            failure = async { refused.changed().await.and(refused.wait_for(hopeless).await.map(|failure| failure.clone())) } => {
+                if let Ok(Some(failure)) = failure {
+                    return Err(failure);
+                }
+            }
+            () = tokio::time::sleep(PATIENCE) => {}
         }
+        let failure = self.refused.borrow().clone();
+        Err(failure.unwrap_or_else(|| Error::connection_failed("the server did not confirm the subscription in time")))
     }
 
     /// Keeps one connection that listens, until the bus is closed.
@@ -202,6 +218,7 @@ impl Shared {
             failures += 1;
             let pause = RECONNECT.delay(failures, fastrand::f64()).unwrap_or(RECONNECT.max_delay);
             if let Err(cause) = outcome {
+                self.refused.send_replace(Some(cause.clone()));
                 log::debug!("listening failed, again in {pause:.1?}: {cause}");
             }
             tokio::time::sleep(pause).await;
@@ -212,9 +229,11 @@ impl Shared {
     async fn hear(&self, heard: &mut bool, failures: &mut u32) -> Result<()> {
         let mut changed = self.changed.subscribe();
         changed.wait_for(|version| *version > 0).await.map_err(|_| closed())?;
-        let broken = |cause: redis::RedisError| Error::connection_failed("listening failed").caused_by(cause);
+        let broken = |cause: redis::RedisError| Failure::from(cause).error;
+        let silent = |_| Error::connection_failed("the server is silent");
         let client = self.server.address.server(&self.server.place(&self.prefix).await?)?;
-        let (mut sink, mut stream) = client.get_async_pubsub().await.map_err(broken)?.split();
+        let (mut sink, mut stream) =
+            tokio::time::timeout(PATIENCE, client.get_async_pubsub()).await.map_err(silent)?.map_err(broken)?.split();
         let mut standing: Vec<String> = Vec::new();
         loop {
             let version = *changed.borrow_and_update();
@@ -222,13 +241,14 @@ impl Shared {
             wanted.sort_unstable();
             wanted.dedup();
             for channels in wanted.iter().filter(|channels| !standing.contains(channels)) {
-                sink.psubscribe(channels).await.map_err(broken)?;
+                tokio::time::timeout(PATIENCE, sink.psubscribe(channels)).await.map_err(silent)?.map_err(broken)?;
             }
             for channels in standing.iter().filter(|channels| !wanted.contains(channels)) {
                 sink.punsubscribe(channels).await.map_err(broken)?;
             }
             standing = wanted;
             self.confirmed.send_replace(version);
+            self.refused.send_replace(None);
             *heard = !standing.is_empty();
             *failures = 0;
             loop {
@@ -244,7 +264,7 @@ impl Shared {
                     _ = changed.changed() => break,
                     () = tokio::time::sleep(SILENCE) => {
                         tokio::time::timeout(PATIENCE, sink.ping::<redis::Value>()).await
-                            .map_err(|_| Error::connection_failed("the server is silent"))?.map_err(broken)?;
+                            .map_err(silent)?.map_err(broken)?;
                     }
                 }
             }

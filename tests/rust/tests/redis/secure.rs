@@ -85,6 +85,39 @@ async fn a_missing_permission_is_named() {
     assert!(guarantees.warnings[0].contains("+config|get"), "{:?}", guarantees.warnings);
 }
 
+/// The commands of docs/redis.md are enough, and a channel that is missing is told, not waited for.
+#[tokio::test]
+async fn the_documented_permissions_are_enough() {
+    let server = RedisServer::start();
+    let page = include_str!("../../../../docs/redis.md");
+    let command = page.split("ACL SETUSER polybus on >password").nth(1).and_then(|rest| rest.split("```").next());
+    let rules: Vec<&str> = command.unwrap().split_whitespace().collect();
+    let base = ["ACL", "SETUSER", "worker", "reset", "on", &format!(">{SECRET}")];
+    server.cli(&[&base[..], &rules].concat());
+    let url = format!("redis://worker:{SECRET}@{}", server.address());
+    let bus = bus(&url);
+    let (_, mut seen) = subscribe(&bus, "n", SubscribeOptions::new("all"), |job| match job.attempt {
+        1 => failed(),
+        _ => Outcome::Done,
+    })
+    .await;
+    publish(&bus, "n", "1").await;
+    assert_eq!(seen.take(2).await[1].attempt, 2);
+    finished(&bus, "test/all").await;
+    bus.close(DEADLINE).await;
+
+    let heard = hasty(&url.replace("redis://", "redis+pubsub://"));
+    let options = || SubscribeOptions { broadcast: true, ..SubscribeOptions::new("heard") };
+    let (_, mut seen) = subscribe(&heard, "n.*", options(), |_| Outcome::Done).await;
+    publish(&heard, "n.x", "1").await;
+    seen.next().await;
+    server.cli(&[&base[..], &rules, &["resetchannels", "&polybus:*"]].concat());
+    let deaf = hasty(&url.replace("redis://", "redis+pubsub://"));
+    let handler = from_fn(|_| std::future::ready(Outcome::Done));
+    let error = deaf.subscribe("n.*", handler, options()).await.err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::AuthFailed, "{error}");
+}
+
 #[tokio::test]
 async fn tls_works_with_its_authority_and_with_a_clients_certificate() {
     for tls in [Tls::On, Tls::Mutual] {
