@@ -1,5 +1,6 @@
 // A hand-written loop on ioredis: a stream and a consumer group, batches of 100, each way one round trip per batch.
 // No retries, no patterns, no dead letters, no trimming, no redelivery of what a dead consumer held.
+import { randomUUID } from 'node:crypto'
 import { Redis } from 'ioredis'
 import {
   ask,
@@ -21,7 +22,11 @@ const STREAM = 'events'
 const GROUP = 'bench'
 const client = new Redis(ask.url, { enableAutoPipelining: ask.how === 'autopipelining' })
 
-const event = (i, sent) => JSON.stringify(payload(i, sent))
+// An event as an application writes it by hand: what happened, an id and the time.
+const event = (i, sent) => {
+  const meta = { id: randomUUID(), timestamp: new Date().toISOString() }
+  return JSON.stringify({ type: TYPE, payload: payload(i, sent), meta })
+}
 const add = (i, sent = 0) => client.xadd(STREAM, '*', 't', TYPE, 'e', event(i, sent))
 
 async function sendBatches() {
@@ -51,7 +56,7 @@ const parts = {
     }
     async function clock(fields) {
       const entered = now()
-      delays.push(entered - JSON.parse(fields[3]).sent)
+      delays.push(entered - JSON.parse(fields[3]).payload.sent)
       await count()
     }
     const handler = ask.latency ? clock : count

@@ -5,6 +5,8 @@ No retries, no patterns, no dead letters, no trimming, no redelivery of what a d
 
 import asyncio
 import json
+import uuid
+from datetime import datetime, timezone
 from typing import Any
 
 import redis
@@ -15,7 +17,12 @@ STREAM, GROUP = "events", "bench"
 
 
 def fields(i: int, sent: int = 0) -> Any:
-    return {"t": TYPE, "e": json.dumps(payload(i, sent), separators=(",", ":"))}
+    """An event as an application writes it by hand: what happened, an id and the time."""
+    meta = {"id": str(uuid.uuid4()), "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+    return {
+        "t": TYPE,
+        "e": json.dumps({"type": TYPE, "payload": payload(i, sent), "meta": meta}, separators=(",", ":")),
+    }
 
 
 def send_batches() -> None:
@@ -54,7 +61,7 @@ async def consume() -> None:
 
     async def clock(event: Any) -> None:
         entered = now()
-        delays.append(entered - json.loads(event[b"e"])["sent"])
+        delays.append(entered - json.loads(event[b"e"])["payload"]["sent"])
         await count(event)
 
     handler = clock if ask.latency else count

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use polybus_core::clock::Clock;
+use polybus_core::codec;
 use polybus_core::delivery::{Body, Verdict};
 use polybus_core::event::{Event, EventType, Meta};
 use polybus_core::pattern::Pattern;
@@ -146,12 +147,14 @@ async fn bare(url: &str) -> Result<MultiplexedConnection, Failure> {
 
 async fn bare_produce(url: &str, events: u64) -> Result<Value, Failure> {
     let mut connection = bare(url).await?;
+    let event_type = EventType::new(TYPE)?;
     wait_for_go()?;
     let started = now();
     for batch in batches(events) {
         let mut pipeline = pipe();
         for i in batch {
-            pipeline.cmd("XADD").arg(STREAM).arg("*").arg("t").arg(TYPE).arg("e").arg(payload(i)).ignore();
+            let event = codec::encode(&outgoing(&event_type, i).event)?;
+            pipeline.cmd("XADD").arg(STREAM).arg("*").arg("t").arg(TYPE).arg("e").arg(event).ignore();
         }
         pipeline.exec_async(&mut connection).await?;
     }
