@@ -2,7 +2,7 @@
 //!
 //! Walk: [`Transport::publish`] stores events; [`Transport::subscribe`] joins a durable group and returns a
 //! [`Source`]; [`Source::take`] leases deliveries to this process; [`Source::settle`] ends them. `memory` is the
-//! worked example; `docs/transports.md` says how to add one.
+//! worked example; `CONTRIBUTING.md` says how to add one.
 
 pub mod memory;
 pub mod redis;

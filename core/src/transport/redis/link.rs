@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::retry::{Jitter, RetryPolicy};
 
 /// Between attempts to connect.
-const RECONNECT: RetryPolicy = RetryPolicy {
+pub(super) const RECONNECT: RetryPolicy = RetryPolicy {
     max_retries: u32::MAX,
     initial_delay: Duration::from_millis(50),
     max_delay: Duration::from_secs(1),

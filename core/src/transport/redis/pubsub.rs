@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::address::Address;
 use super::fault::{Failure, closed};
 use super::hold::decode;
-use super::link::{Link, Server};
+use super::link::{Link, RECONNECT, Server};
 use super::partition::{PATIENCE, lock};
 use super::value;
 use crate::codec;
@@ -27,7 +27,6 @@ use crate::delivery::{Delivery, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::pattern::Pattern;
-use crate::retry::{Jitter, RetryPolicy};
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Settlement,
     Source, Start, Task, Transport,
@@ -35,14 +34,6 @@ use crate::transport::{
 
 /// Events that wait for one subscription's handlers; more are dropped and counted.
 const CAPACITY: usize = 10_000;
-/// Between attempts to listen again.
-const RECONNECT: RetryPolicy = RetryPolicy {
-    max_retries: u32::MAX,
-    initial_delay: Duration::from_millis(50),
-    max_delay: Duration::from_secs(1),
-    factor: 2.0,
-    jitter: Jitter::Full,
-};
 /// A listener that hears nothing for so long asks whether the server is there.
 const SILENCE: Duration = Duration::from_secs(10);
 
