@@ -122,7 +122,9 @@ async fn a_replica_confirms_or_the_publish_is_unknown() {
     let replica = RedisServer::with(Options { replica_of: Some(master.port()), ..Options::default() });
     replica.until(&["INFO", "replication"], "master_link_status:up");
     master.until(&["INFO", "replication"], "state=online");
-    publish(&bus, "n", "1").await;
+    // The replica may be busy with its first copy.
+    let patient = BusOptions { publish_timeout: DEADLINE, ..with(Durability::Off, Confirm::Replica) };
+    publish(&bus_with(&master.url(), patient), "n", "1").await;
     let length = ["XLEN", "polybus:{default}:events"];
     assert_eq!(replica.cli(&length), "1");
 
