@@ -321,7 +321,7 @@ impl Waiter for Member {
         let room = {
             let mut state = lock(&self.state);
             let room = state.waiting?;
-            // Under the same lock as `quiet`, which must not overlook a read that is about to be sent.
+            // Under the same lock as `stop_reading`, which must not overlook a read that is about to be sent.
             state.armed_at = time::boot_ms();
             self.is_armed.store(true, Ordering::Release);
             room

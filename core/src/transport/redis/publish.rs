@@ -174,9 +174,6 @@ impl Publisher {
         for (job, stored) in jobs.into_iter().zip(sorted) {
             match stored {
                 Err(failure) if failure.again && Instant::now() + AGAIN < job.deadline => {
-                    if failure.moved {
-                        partition.publishing.cut();
-                    }
                     job.state.store(QUEUED, Ordering::Release);
                     again.push_back(job);
                 }

@@ -125,18 +125,9 @@ pub(super) fn entry_of(id: Id, fields: Value) -> Result<Entry> {
     Ok(Entry { id, fields: pairs(fields)? })
 }
 
-/// The entries of `XREAD` and `XREADGROUP` on one stream: a list of pairs or a map, with the stream's name first.
+/// The entries of `XREAD` and `XREADGROUP` on one stream.
 pub(super) fn read(value: Value) -> Result<Vec<Entry>> {
-    let found = match value {
-        Value::Nil => None,
-        Value::Map(streams) => streams.into_iter().next().map(|(_, entries)| entries),
-        Value::Array(streams) => match streams.into_iter().next() {
-            Some(stream) => list(stream)?.into_iter().nth(1),
-            None => None,
-        },
-        _ => return Err(strange("no streams")),
-    };
-    found.map_or_else(|| Ok(Vec::new()), entries)
+    Ok(streams(value)?.into_iter().next().map(|(_, entries)| entries).unwrap_or_default())
 }
 
 /// All streams of `XREAD`, by name.
