@@ -87,6 +87,7 @@ test-rust: system ## Rust tests, with nextest where it is installed
 	cargo test --workspace --doc
 
 test-python: build ## Python and interop tests (ARGS= goes to pytest)
+	cargo test --quiet --workspace --no-run
 	$(PY) -m pytest $(ARGS)
 
 test-node: build ## Node tests
