@@ -561,10 +561,10 @@ async def test_close_hands_a_handler_back_that_never_ends(store: Store) -> None:
 
     for _ in range(2):
         await bus.start()
+        begun.clear()
         await bus.subscribe("x", handler, name="x")
         if not attempts:
             await bus.publish("x")
-        begun.clear()
         await asyncio.wait_for(begun.wait(), 5)
         await asyncio.wait_for(bus.close(0.05), 5)
     assert attempts == [1, 1]

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 
-# A program says `Bus(URL, …)` and has the bus of its test, which is one of many on a shared server.
+# A program says `Bus(URL, …)` and has the bus of its test, which is one of many on a shared server. A shell that runs
+# the tests in the background lets them ignore Ctrl-C, and they would hand that on.
 PRELUDE = """
 import asyncio, functools, os, sys, threading, time, signal
 from polybus import *
+signal.signal(signal.SIGINT, signal.default_int_handler)
 URL = sys.argv[1]
 Bus = functools.partial(Bus, bus=os.environ.get("TEST_BUS", "default"))
 def say(*words):
