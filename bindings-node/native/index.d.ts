@@ -72,6 +72,8 @@ export declare class NativeBus {
   subscriptionStats(key: number, id: number): string | null
   /** Counts of this process as Prometheus text. */
   metrics(): string
+  /** The same as JSON, for a registry of the host. */
+  metricFamilies(): string
   deleteGroup(key: number, group: string): string | null
   deadList(key: number, query: string): string | null
   deadCount(key: number, query: string): string | null

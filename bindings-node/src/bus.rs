@@ -233,6 +233,12 @@ impl NativeBus {
         metrics::render(&self.bus)
     }
 
+    /// The same as JSON, for a registry of the host.
+    #[napi]
+    pub fn metric_families(&self) -> String {
+        metrics::to_json(&self.bus)
+    }
+
     #[napi]
     pub fn delete_group(&self, key: u32, group: String) -> napi::Result<Option<String>> {
         self.start_with(key, |bus| async move { Ok(bus.delete_group(&group).await?.to_string()) })

@@ -456,7 +456,12 @@ export class Bus<E extends object = AnyEvents> {
     return JSON.parse(await run((key) => this.#native.stats(key)))
   }
 
-  /** The numbers of this process as Prometheus text, for a metrics endpoint. */
+  /**
+   * What this process did and what its groups have to do, as Prometheus text (`text/plain; version=0.0.4`).
+   *
+   * Waits for nothing. What only the store knows (`polybus_group_…`) is counted in the background when somebody asks, and
+   * shown the next time. `polybus/prometheus` hands all of it to prom-client.
+   */
   metrics(): string {
     return this.#native.metrics()
   }

@@ -14,6 +14,7 @@ use crate::dispatch::{Dispatcher, Rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventType, Meta, Text};
 use crate::handler::Handler;
+use crate::metrics::{Ledger, Origin};
 use crate::options::{BusOptions, SubscribeOptions};
 use crate::pattern::Pattern;
 use crate::process::{self, PerProcess};
@@ -45,6 +46,15 @@ struct State {
     session: Mutex<Arc<Session>>,
     published: AtomicU64,
     publish_failed: AtomicU64,
+    by_origin: Ledger<u64>,
+    sample: Mutex<Sample>,
+}
+
+/// The groups' numbers as they were counted last, for [`Bus::sampled_stats`].
+#[derive(Default)]
+struct Sample {
+    stats: Vec<SubscriptionStats>,
+    counting: bool,
 }
 
 /// From start to close.
@@ -89,6 +99,8 @@ impl Bus {
             session: Mutex::default(),
             published: AtomicU64::new(0),
             publish_failed: AtomicU64::new(0),
+            by_origin: Ledger::default(),
+            sample: Mutex::default(),
         })
     }
 
@@ -153,6 +165,7 @@ impl Bus {
             return Err(Error::new(kind, message).during("publish").listing(failures));
         }
         self.duplicate(&mut batch);
+        let tally = Origin::tally(batch.iter().map(|outgoing| &outgoing.event));
         let events: Vec<Event> = match &self.0.kit {
             Some(_) => batch.iter().map(|outgoing| outgoing.event.clone()).collect(),
             None => Vec::new(),
@@ -166,6 +179,9 @@ impl Bus {
         match published.await {
             Ok(receipts) => {
                 self.state().published.fetch_add(count, Ordering::Relaxed);
+                for (origin, more) in tally {
+                    self.state().by_origin.change(origin, |count| *count += more);
+                }
                 if let Some(kit) = &self.0.kit {
                     kit.published.add(events);
                 }
@@ -332,6 +348,26 @@ impl Bus {
     pub fn publish_counts(&self) -> (u64, u64) {
         let state = self.state();
         (state.published.load(Ordering::Relaxed), state.publish_failed.load(Ordering::Relaxed))
+    }
+
+    /// Published by this process, by source and type.
+    pub(crate) fn published_by_origin(&self) -> Vec<(Origin, u64)> {
+        self.state().by_origin.entries()
+    }
+
+    /// Each subscription's numbers as they were the last time that somebody asked here; counts them anew in the background.
+    /// Opens nothing.
+    pub(crate) fn sampled_stats(&self) -> Vec<SubscriptionStats> {
+        let mut sample = lock(&self.state().sample);
+        if self.is_open() && !std::mem::replace(&mut sample.counting, true) {
+            let bus = self.clone();
+            process::current().runtime.spawn(async move {
+                let counted =
+                    bus.stats().await.inspect_err(|error| log::debug!("groups could not be counted: {error}"));
+                *lock(&bus.state().sample) = Sample { stats: counted.unwrap_or_default(), counting: false };
+            });
+        }
+        sample.stats.clone()
     }
 
     /// What happened to this process's hold on the store, by the names of metrics; nothing while it is not open.

@@ -16,6 +16,7 @@ use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
 use crate::handler::{CancelReason, Handler, Job, Outcome, Reporter};
+use crate::metrics::{Origin, Status};
 use crate::retry::{Jitter, RetryPolicy};
 use crate::subscription::{Counters, Wish};
 use crate::testkit::Faults;
@@ -187,6 +188,9 @@ impl Dispatcher {
             };
             if delivery.attempt > self.rules.retry.max_attempts().max(POISON_ATTEMPTS) {
                 let message = format!("taken {} times and never finished: it ends its process", delivery.attempt - 1);
+                self.counters
+                    .attempts
+                    .change(Origin::of(&event), |attempts| attempts.ended(Status::DeadLettered, None));
                 held.unsettled.push(self.dead(delivery.lease, DeadReason::Poison, Failure::new("Poison", message, "")));
                 continue;
             }
@@ -216,6 +220,7 @@ impl Dispatcher {
         let Some(Running { lease, attempt, event, started }) = held.running.remove(&id) else { return };
         let busy = self.clock.elapsed().saturating_sub(started);
         self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
+        let done = matches!(outcome, Outcome::Done);
         let settlement = match outcome {
             Outcome::Done => {
                 Counters::count(&self.counters.completed);
@@ -229,6 +234,14 @@ impl Dispatcher {
             Outcome::Failed(failure) => self.again(lease, attempt, None, failure, &event),
             Outcome::RetryAfter(after, failure) => self.again(lease, attempt, Some(after), failure, &event),
         };
+        let status = match settlement.verdict {
+            Verdict::Ack if done => Status::Completed,
+            Verdict::Ack => Status::Dropped,
+            Verdict::Retry { .. } => Status::Retried,
+            Verdict::DeadLetter { .. } => Status::DeadLettered,
+            Verdict::Release => Status::Released,
+        };
+        self.counters.attempts.change(Origin::of(&event), |attempts| attempts.ended(status, Some(busy)));
         held.unsettled.push(settlement);
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::event::Text;
+use crate::metrics::{Attempts, Ledger};
 use crate::pattern::Pattern;
 
 /// What the holder wants of the dispatcher.
@@ -37,6 +38,8 @@ pub struct Counters {
     pub buffered: AtomicU64,
     /// Sum of handler times, in microseconds.
     pub busy_micros: AtomicU64,
+    /// Attempts by event type and source.
+    pub(crate) attempts: Ledger<Attempts>,
 }
 
 impl Counters {

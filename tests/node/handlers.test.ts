@@ -158,7 +158,7 @@ test('whatever is thrown is a failure, and nothing else happens', async () => {
   assert.deepEqual(new Set(letters.map((letter) => letter.subscription)), new Set(thrown.map(([name]) => name)))
   const { subscriptions } = await bus.stats()
   assert.ok(subscriptions.every(({ running, pending }) => running === 0 && pending === 0))
-  assert.match(bus.metrics(), /polybus_dead_lettered_total\{.*subscription="sync".*\} 1/)
+  assert.match(bus.metrics(), /polybus_dead_letters_total\{.*subscription="sync".*\} 1/)
 })
 
 // biome-ignore-end lint/suspicious/noThenProperty: as above

@@ -636,7 +636,7 @@ async def test_blocking_twin(store: Store) -> None:
             subscription.unsubscribe()
             results.append(blocking.delete_group("shop/x"))
             results.append(blocking.dead_letters.count())
-            results.append("polybus_published_total" in blocking.metrics())
+            results.append("polybus_events_published_total" in blocking.metrics())
         with pytest.raises(BusClosed):
             blocking.publish("x")
         return results

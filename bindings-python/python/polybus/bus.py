@@ -483,7 +483,11 @@ class Bus:
         return stats
 
     def metrics(self) -> str:
-        """Counts of this process, as Prometheus text."""
+        """What this process did and what its groups have to do, as Prometheus text (`text/plain; version=0.0.4`).
+
+        Waits for nothing. What only the store knows (`polybus_group_…`) is counted in the background when somebody
+        asks, and shown the next time. `polybus.prometheus.register` hands all of it to `prometheus_client`.
+        """
         return self._native.metrics()
 
     @property
