@@ -105,9 +105,11 @@ class TestBus(Bus):
     async def advance(self, seconds: float | timedelta) -> None:
         """Move time: retries, delays, expiries and timeouts that fall due happen before this returns.
 
-        Waits for handlers for one real second at most: one that waits for the test itself goes on afterwards.
+        What was published before is handled first. Waits for handlers for one real second at most: one that waits for
+        the test itself goes on afterwards.
         """
         await self._settle()
+        await self._idle(0.2)
         self._native.advance(seconds)
         await self._idle(1.0)
 
