@@ -115,6 +115,7 @@ async fn consume(url: &str, events: u64) -> Result<Value, Failure> {
         pattern: Pattern::new("order.*")?,
         start: Start::New,
         broadcast: false,
+        ordered: false,
         lease: Duration::from_secs(30),
     };
     let source = bus.subscribe(spec).await?;

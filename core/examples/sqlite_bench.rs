@@ -45,6 +45,7 @@ fn spec(group: &str, pattern: &str) -> Result<GroupSpec> {
         pattern: Pattern::new(pattern)?,
         start: Start::New,
         broadcast: false,
+        ordered: false,
         lease: Duration::from_secs(30),
     })
 }

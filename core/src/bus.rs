@@ -220,7 +220,8 @@ impl Bus {
 
     /// Joins a group and hands its events to `handler`. Once this resolves every later publish is seen.
     ///
-    /// `InvalidPattern`, `DuplicateSubscription` for a name that is in use on this bus, `ConnectionFailed`.
+    /// `InvalidPattern`, `DuplicateSubscription` for a name that is in use on this bus, `ConnectionFailed`,
+    /// `InvalidConfig` for an order that the group was not made with.
     pub async fn subscribe(
         &self,
         pattern: &str,
@@ -228,6 +229,11 @@ impl Bus {
         options: SubscribeOptions,
     ) -> Result<Subscription> {
         let pattern = Pattern::new(pattern)?;
+        if options.ordered && options.broadcast {
+            return Err(Error::invalid_config(
+                "ordered and broadcast exclude each other: a broadcast has no group whose processes could take turns; leave one of them out",
+            ));
+        }
         let bus = &self.0.options;
         let name: Text = options.name.as_str().into();
         let group: Text = options.group_for(&bus.service).into();
@@ -261,11 +267,20 @@ impl Bus {
             pattern,
             start: options.start,
             broadcast: options.broadcast,
+            ordered: options.ordered,
             lease: bus.lease,
         };
         // Dropped on failure or cancellation: that ends the subscription and frees its name.
         let ending = EndGuard(ended_tx);
-        let source = async { self.transport(&session).await?.subscribe(spec).await };
+        let source = async {
+            let transport = self.transport(&session).await?;
+            if spec.ordered && !transport.capabilities().ordered {
+                return Err(Error::unsupported(
+                    "this transport keeps no order per partition key; leave ordered out, or use sqlite:// or redis://",
+                ));
+            }
+            transport.subscribe(spec).await
+        };
         let source = source.await.map_err(|error| error.during("subscribe"))?;
         if !options.broadcast {
             process::current().leases.keep(&source, bus.lease);

@@ -127,6 +127,11 @@ impl Meta {
         let id: Text = uuid::Uuid::now_v7().as_hyphenated().encode_lower(&mut [0; 36]).to_owned().into();
         Self { correlation_id: Some(id.clone()), id, timestamp: timestamp(now), ..Self::default() }
     }
+
+    /// The partition key, by which an ordered group keeps order; an empty one is none.
+    pub fn lane(&self) -> Option<&Text> {
+        self.partition_key.as_ref().filter(|key| !key.is_empty())
+    }
 }
 
 /// `now` as the wire writes it: `2026-11-21T08:00:00.123Z`.

@@ -204,6 +204,9 @@ pub struct SubscribeOptions {
     pub start: Start,
     /// Every process gets every event from now on; nothing is settled, retried or kept. Default false.
     pub broadcast: bool,
+    /// Events of one partition key are handled one at a time and in order, over all processes of the group. Default
+    /// false.
+    pub ordered: bool,
     /// Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true.
     pub drop_dead: bool,
 }
@@ -234,6 +237,7 @@ impl SubscribeOptions {
             timeout: from.duration("timeout_ms", Duration::from_millis(1))?,
             start: from.start("start")?.unwrap_or_default(),
             broadcast: from.boolean("broadcast")?.unwrap_or(false),
+            ordered: from.boolean("ordered")?.unwrap_or(false),
             drop_dead: !from.boolean("dead_letter")?.unwrap_or(true),
         };
         from.finish()?;

@@ -42,6 +42,8 @@ pub struct Capabilities {
     pub start_position: bool,
     /// Subscriptions without a group, one copy for each process.
     pub broadcast: bool,
+    /// Groups that handle the events of one partition key one at a time, in order.
+    pub ordered: bool,
 }
 
 /// What holds on the live store, as measured, not as hoped.
@@ -109,6 +111,9 @@ pub struct GroupSpec {
     pub start: Start,
     /// No group: every process gets every event from now on, nothing is settled, nothing outlives the process.
     pub broadcast: bool,
+    /// The events of one partition key are handed out one at a time, in order: the next one when nothing before it is
+    /// unfinished. Decided when the group is made; who disagrees is refused ([`disagrees`]).
+    pub ordered: bool,
     /// How long a delivery stays ours without a heartbeat.
     pub lease: Duration,
 }
@@ -137,6 +142,15 @@ pub struct Settlement {
     pub lease: Lease,
     /// What becomes of the delivery.
     pub verdict: Verdict,
+}
+
+/// `InvalidConfig` for a subscriber who wants another order than `group` was made with. Not the newest subscriber's wish,
+/// as with the pattern: while processes disagree, events of one key would run at once, and nobody would notice.
+pub(crate) fn disagrees(group: &str, ordered: bool) -> Error {
+    let (is, wants) = if ordered { ("unordered", "ordered") } else { ("ordered", "unordered") };
+    Error::invalid_config(format!(
+        "group {group:?} was made {is} and cannot be followed {wants}: events of one key would run at once; subscribe with the option ordered as all its processes do, name another group=, or let the group finish and delete_group({group:?})"
+    ))
 }
 
 /// A backend. All methods may be called from any thread; none blocks the caller; all fail with `BusClosed` after

@@ -74,6 +74,7 @@ pub fn spec(group: &str) -> GroupSpec {
         pattern: Pattern::new(TYPE).unwrap(),
         start: Start::New,
         broadcast: false,
+        ordered: false,
         lease: Duration::from_secs(30),
     }
 }

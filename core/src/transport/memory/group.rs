@@ -38,6 +38,9 @@ pub(super) struct Group {
     pub ready: VecDeque<Pending>,
     leased: AHashMap<i64, Leased>,
     waiting: BTreeMap<(Duration, i64), Pending>,
+    /// Of an ordered group: each partition key that has an event in `ready`, `leased` or `waiting`, and those behind it, by
+    /// position.
+    lanes: AHashMap<Text, BTreeMap<i64, Pending>>,
     /// Rings when something became ready, or is due earlier than before.
     pub wake: Arc<Notify>,
     pub members: usize,
@@ -66,6 +69,7 @@ impl Group {
             ready: VecDeque::new(),
             leased: AHashMap::new(),
             waiting: BTreeMap::new(),
+            lanes: AHashMap::new(),
             wake: Arc::new(Notify::new()),
             members: 0,
             load: Load::default(),
@@ -73,17 +77,37 @@ impl Group {
         }
     }
 
-    /// Adds an event at the end of the queue.
+    /// Adds an event at the end of the queue, or at its place in the lane of its key.
     pub fn push(&mut self, pending: Pending) {
         self.load.events += 1;
         self.load.bytes += pending.event.payload.len();
+        if let (true, Some(key)) = (self.spec.ordered, pending.event.meta.lane()) {
+            if let Some(lane) = self.lanes.get_mut(key) {
+                lane.insert(pending.position, pending);
+                return;
+            }
+            self.lanes.insert(key.clone(), BTreeMap::new());
+        }
         self.ready.push_back(pending);
         self.wake.notify_one();
     }
 
+    /// Lets go of an event, and the next one of its key goes. At the end of the queue, so that keys take turns.
     fn finish(&mut self, pending: &Pending) {
         self.load.events -= 1;
         self.load.bytes -= pending.event.payload.len();
+        let Some(key) = pending.event.meta.lane().filter(|_| self.spec.ordered) else { return };
+        match self.lanes.get_mut(key).and_then(BTreeMap::pop_first) {
+            Some((_, next)) => {
+                self.ready.push_back(next);
+                self.wake.notify_one();
+            }
+            None => drop(self.lanes.remove(key)),
+        }
+    }
+
+    fn parked(&self) -> impl Iterator<Item = &Pending> {
+        self.lanes.values().flat_map(BTreeMap::values)
     }
 
     /// Moves what is due to the front of the queue and leases up to `max`.
@@ -179,8 +203,9 @@ impl Group {
 
     pub fn stats(&self, now: Duration, dead: u64) -> GroupStats {
         let all = self.ready.iter().chain(self.waiting.values()).chain(self.leased.values().map(|l| &l.pending));
+        let all = all.chain(self.parked());
         GroupStats {
-            lag: self.ready.len() as u64,
+            lag: (self.ready.len() + self.parked().count()) as u64,
             in_flight: self.leased.len() as u64,
             retrying: self.waiting.len() as u64,
             dead,

@@ -9,6 +9,9 @@
 //!                    ▲                                   │
 //!                    └───────────────────────────────────┘
 //! ```
+//! In an ordered group at most one event of a partition key is in these three places; the others stand in the lane of
+//! their key, and the first of them becomes ready when that one is gone or dead.
+//!
 //! Owner and store live and die together, so a lease ends only by settling or by closing its source; the token still
 //! fences, because a closed source's deliveries are handed to somebody else.
 
@@ -89,6 +92,7 @@ impl Transport for Memory {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            ordered: true,
         }
     }
 
@@ -109,7 +113,10 @@ impl Transport for Memory {
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
-        let group = self.store.join(spec);
+        let group = match self.store.join(spec) {
+            Ok(group) => group,
+            Err(refused) => return Box::pin(std::future::ready(Err(refused))),
+        };
         let source =
             Arc::new(MemorySource { store: self.store.clone(), group, closed: tokio::sync::watch::Sender::new(false) });
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);

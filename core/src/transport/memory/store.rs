@@ -15,7 +15,7 @@ use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::pattern::PatternIndex;
-use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Settlement, Start};
+use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Settlement, Start, disagrees};
 
 /// Events kept for groups that start in the past.
 pub(super) const HISTORY: usize = 10_000;
@@ -43,6 +43,12 @@ pub(super) struct Member {
     broadcast: bool,
 }
 
+/// A dead letter, and the place in its key's order that a replay gives it back.
+struct Buried {
+    letter: DeadLetter,
+    position: i64,
+}
+
 #[derive(Default)]
 struct State {
     position: i64,
@@ -53,7 +59,7 @@ struct State {
     groups: AHashMap<u64, Group>,
     names: AHashMap<Text, u64>,
     routes: PatternIndex<u64>,
-    dead: BTreeMap<u64, DeadLetter>,
+    dead: BTreeMap<u64, Buried>,
     next_dead: u64,
     /// Of all groups together.
     load: Load,
@@ -94,17 +100,20 @@ impl Store {
         }
     }
 
-    pub fn join(&self, spec: GroupSpec) -> Member {
+    pub fn join(&self, spec: GroupSpec) -> Result<Member> {
         let owner = self.owners.fetch_add(1, Ordering::Relaxed);
         let broadcast = spec.broadcast;
         let mut state = self.state();
         let known = if broadcast { None } else { state.names.get(&spec.group).copied() };
+        if known.and_then(|id| state.groups.get(&id)).is_some_and(|group| group.spec.ordered != spec.ordered) {
+            return Err(disagrees(&spec.group, spec.ordered));
+        }
         let group = known.unwrap_or_else(|| state.add_group(spec.clone(), &self.clock));
         state.repattern(group, spec);
         if let Some(group) = state.groups.get_mut(&group) {
             group.members += 1;
         }
-        Member { group, owner, broadcast }
+        Ok(Member { group, owner, broadcast })
     }
 
     pub async fn take(&self, member: &Member, max: usize) -> Vec<Delivery> {
@@ -188,13 +197,13 @@ impl Store {
         let state = self.state();
         let group = state.names.get(name).and_then(|id| state.groups.get(id));
         let group = group.ok_or_else(|| Error::not_found(format!("there is no group {name:?} on this bus")))?;
-        let dead = state.dead.values().filter(|letter| letter.group == *name).count();
+        let dead = state.dead.values().filter(|dead| dead.letter.group == *name).count();
         Ok(group.stats(self.clock.elapsed(), dead as u64))
     }
 
     pub fn delete(&self, name: &Text) -> bool {
         let mut state = self.state();
-        state.dead.retain(|_, letter| letter.group != *name);
+        state.dead.retain(|_, dead| dead.letter.group != *name);
         let known = state.names.get(name).copied();
         known.is_some_and(|id| state.remove_group(id).is_some())
     }
@@ -203,13 +212,13 @@ impl Store {
         let after = after.map_or(0, |id| id.parse().unwrap_or(u64::MAX));
         let state = self.state();
         let later = state.dead.range(after.saturating_add(u64::from(after > 0))..);
-        later.map(|(_, letter)| letter).filter(|letter| filter.matches(letter)).take(limit).cloned().collect()
+        later.map(|(_, dead)| &dead.letter).filter(|letter| filter.matches(letter)).take(limit).cloned().collect()
     }
 
     pub fn replay(&self, filter: &DeadLetterFilter) -> u64 {
         let mut state = self.state();
         let now = self.clock.elapsed();
-        let chosen = state.dead.iter().filter(|(_, letter)| filter.matches(letter)).map(|(id, _)| *id);
+        let chosen = state.dead.iter().filter(|(_, dead)| filter.matches(&dead.letter)).map(|(id, _)| *id);
         let chosen: Vec<_> = chosen.collect();
         chosen.into_iter().filter(|id| state.replay(*id, now)).count() as u64
     }
@@ -217,7 +226,7 @@ impl Store {
     pub fn purge(&self, filter: &DeadLetterFilter) -> u64 {
         let mut state = self.state();
         let before = state.dead.len();
-        state.dead.retain(|_, letter| !filter.matches(letter));
+        state.dead.retain(|_, dead| !filter.matches(&dead.letter));
         (before - state.dead.len()) as u64
     }
 
@@ -366,18 +375,17 @@ impl State {
             reason,
             replayed_from: pending.replayed_from,
         };
-        self.dead.insert(self.next_dead, letter);
+        self.dead.insert(self.next_dead, Buried { letter, position: pending.position });
     }
 
     /// Hands the letter to its group again and removes it; leaves it when the group is gone.
     fn replay(&mut self, id: u64, now: Duration) -> bool {
-        let Some(letter) = self.dead.get(&id) else { return false };
+        let Some(Buried { letter, position }) = self.dead.get(&id) else { return false };
         let (Some(group), Some(event)) = (self.names.get(&letter.group).copied(), letter.event.clone()) else {
             return false;
         };
-        self.position += 1;
         let pending = Pending {
-            position: self.position,
+            position: *position,
             event,
             published: now,
             expires: None,

@@ -234,6 +234,7 @@ impl Transport for Redis {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            ordered: true,
         }
     }
 

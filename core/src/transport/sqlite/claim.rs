@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension};
 use tokio::sync::oneshot;
 
 use super::job::{Job, Probe};
-use super::{clock, fault, publish};
+use super::{clock, fault, lane, publish};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::pattern::Pattern;
@@ -22,6 +22,8 @@ use crate::pattern::Pattern;
 const SCAN: usize = 5_000;
 /// Bytes that one claim takes at most.
 const BYTES: usize = 4 << 20;
+/// How often one claim looks for what waits again, because all of it had expired.
+const ROUNDS: usize = 100;
 /// How far the position in memory may run ahead of the stored one.
 const LAZY: i64 = 1_000;
 
@@ -30,6 +32,8 @@ pub(super) struct Member {
     pub bus: i64,
     pub group: i64,
     pub name: Text,
+    /// Events of one key in order.
+    pub ordered: bool,
     /// Milliseconds.
     pub lease: i64,
 }
@@ -150,6 +154,15 @@ impl Job for Claim {
         reclaim(tx, &self.member, progress.owner)?;
         self.scanned = progress.scanned;
         let mut expired = self.take_waiting(tx, &mut progress)?;
+        // Behind one that had expired, in its lane, there may be another.
+        let mut again = if self.member.ordered { expired } else { 0 };
+        for _ in 0..ROUNDS {
+            if again == 0 || self.taken.len() >= self.max {
+                break;
+            }
+            again = self.take_waiting(tx, &mut progress)?;
+            expired += again;
+        }
         expired += self.take_new(tx, &mut progress)?;
         tx.prepare_cached(
             "UPDATE polybus_groups SET cursor = max(cursor, ?2), expired = expired + ?3, last_seen = ?4 WHERE id = ?1",
@@ -277,13 +290,14 @@ impl Claim {
         let now = clock::wall_ms();
         let mut due = tx.prepare_cached(
             "SELECT d.seq, d.attempt, d.first_failed_at, coalesce(d.event, e.event),
-                    CASE WHEN d.event IS NULL THEN e.expires_at END
+                    CASE WHEN d.event IS NULL THEN e.expires_at END, d.token <> 0 OR d.replayed_from IS NOT NULL
              FROM polybus_deliveries d LEFT JOIN polybus_events e ON e.seq = d.seq
              WHERE d.group_id = ?1 AND d.owner IS NULL AND d.due_at <= ?2 ORDER BY d.due_at, d.seq LIMIT ?3",
         )?;
         let mut expired = Vec::new();
-        let mut bytes = 0;
-        let limit = i64::try_from(self.max).unwrap_or(i64::MAX);
+        let begin = self.taken.len();
+        let mut bytes = self.taken.iter().map(|taken| taken.bytes.len()).sum::<usize>();
+        let limit = i64::try_from(self.max - begin).unwrap_or(i64::MAX);
         let mut rows = due.query((self.member.group, now, limit))?;
         while bytes < BYTES
             && let Some(row) = rows.next()?
@@ -303,7 +317,8 @@ impl Claim {
                 position,
                 token: 0,
                 attempt: row.get::<_, u32>(1)?.saturating_add(1),
-                redelivered: true,
+                // The first of its lane may have waited there without being taken.
+                redelivered: row.get(5)?,
                 first_failed_at: row.get(2)?,
                 bytes: Bytes::copy_from_slice(event),
             });
@@ -313,7 +328,7 @@ impl Claim {
         let mut lease = tx.prepare_cached(
             "UPDATE polybus_deliveries SET owner = ?3, token = ?4, attempt = ?5 WHERE group_id = ?1 AND seq = ?2",
         )?;
-        for taken in &mut self.taken {
+        for taken in &mut self.taken[begin..] {
             let (owner, token) = token(progress)?;
             taken.token = token;
             lease.execute((self.member.group, taken.position, owner, token, taken.attempt))?;
@@ -334,6 +349,7 @@ impl Claim {
         let mut lease = tx.prepare_cached(
             "INSERT INTO polybus_deliveries(group_id, seq, owner, token, attempt) VALUES(?1, ?2, ?3, ?4, 1)",
         )?;
+        let group = self.member.group;
         let mut expired = 0;
         let mut bytes: usize = self.taken.iter().map(|taken| taken.bytes.len()).sum();
         let mut rows = events.query([self.scanned])?;
@@ -348,9 +364,25 @@ impl Claim {
                 if row.get::<_, Option<i64>>(3)?.is_some_and(|until| until <= now) {
                     expired += 1;
                 } else {
-                    let (owner, token) = token(progress)?;
-                    lease.execute((self.member.group, position, owner, token))?;
                     let event = row.get_ref(4)?.as_blob().map_err(sql)?;
+                    let key = if self.member.ordered { lane::of(event) } else { None };
+                    if let Some(key) = &key
+                        && lane::is_busy(tx, group, key)?
+                    {
+                        lane::park(tx, group, position, key)?;
+                        self.scanned = position;
+                        continue;
+                    }
+                    let (owner, token) = token(progress)?;
+                    match key {
+                        None => lease.execute((group, position, owner, token))?,
+                        Some(key) => tx
+                            .prepare_cached(
+                                "INSERT INTO polybus_deliveries(group_id, seq, owner, token, attempt, lane)
+                                 VALUES(?1, ?2, ?3, ?4, 1, ?5)",
+                            )?
+                            .execute((group, position, owner, token, &*key))?,
+                    };
                     bytes += event.len();
                     self.taken.push(Taken {
                         position,

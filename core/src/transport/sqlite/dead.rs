@@ -8,7 +8,7 @@ use bytes::Bytes;
 use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params_from_iter};
 
-use super::clock;
+use super::{clock, lane};
 use crate::codec;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{DeadReason, Failure};
@@ -167,11 +167,16 @@ pub(super) fn step(
     Ok(Step { changed, next })
 }
 
-/// Gives the event back to its group, with a copy of its own: the log may have dropped it.
+/// Gives the event back to its group, with a copy of its own: the log may have dropped it. In an ordered group it takes the
+/// place in its lane that its position gives it: behind what is active, before what was published later.
 fn revive(tx: &Connection, id: i64) -> Result<bool> {
     let mut insert = tx.prepare_cached(
-        "INSERT OR IGNORE INTO polybus_deliveries(group_id, seq, owner, token, attempt, due_at, replayed_from, type, event)
-         SELECT group_id, seq, NULL, 0, 0, 0, id, type, event FROM polybus_dead WHERE id = ?1",
+        "INSERT OR IGNORE INTO polybus_deliveries(group_id, seq, owner, token, attempt, due_at, replayed_from, type, event, lane)
+         SELECT x.group_id, x.seq, NULL, 0, 0,
+                CASE WHEN x.lane IS NOT NULL AND EXISTS (SELECT 1 FROM polybus_deliveries d
+                  WHERE d.group_id = x.group_id AND d.lane = x.lane AND d.due_at < ?2) THEN ?2 ELSE 0 END,
+                x.id, x.type, x.event, x.lane
+         FROM polybus_dead x WHERE x.id = ?1",
     )?;
-    Ok(insert.execute([id])? == 1)
+    Ok(insert.execute((id, lane::PARKED))? == 1)
 }

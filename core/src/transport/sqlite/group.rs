@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{clock, publish};
+use super::{clock, lane, publish};
 use crate::error::{Error, Result};
 use crate::pattern::Pattern;
-use crate::transport::{GroupSpec, GroupStats, Start};
+use crate::transport::{GroupSpec, GroupStats, Start, disagrees};
 
 /// The id of the bus named `name`, made now if it is new.
 pub(super) fn bus(tx: &Connection, name: &str) -> Result<i64> {
@@ -25,10 +25,15 @@ pub(super) struct Joined {
 pub(super) fn join(tx: &Connection, bus: i64, spec: &GroupSpec) -> Result<Joined> {
     let now = clock::wall_ms();
     let known = tx
-        .prepare_cached("SELECT id, cursor, pattern FROM polybus_groups WHERE bus = ?1 AND name = ?2")?
-        .query_row((bus, &*spec.group), |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, String>(2)?)))
+        .prepare_cached("SELECT id, cursor, pattern, ordered FROM polybus_groups WHERE bus = ?1 AND name = ?2")?
+        .query_row((bus, &*spec.group), |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get::<_, String>(2)?, row.get::<_, bool>(3)?))
+        })
         .optional()?;
-    if let Some((group, cursor, pattern)) = known {
+    if let Some((group, cursor, pattern, ordered)) = known {
+        if ordered != spec.ordered {
+            return Err(disagrees(&spec.group, spec.ordered));
+        }
         if pattern != spec.pattern.as_str() {
             log::warn!("group {}: its pattern changes from {pattern} to {}", spec.group, spec.pattern.as_str());
         }
@@ -38,13 +43,16 @@ pub(super) fn join(tx: &Connection, bus: i64, spec: &GroupSpec) -> Result<Joined
         )?;
         return Ok(Joined { group, cursor });
     }
+    if spec.ordered {
+        lane::prepare(tx)?;
+    }
     // What was due before the group existed is not for it.
     while publish::promote(tx, bus)? > 0 {}
     let cursor = begin(tx, bus, spec.start)?;
     tx.execute(
-        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen)
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7)",
-        (bus, &*spec.group, &*spec.subscription, &*spec.service, spec.pattern.as_str(), cursor, now),
+        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen, ordered)
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, ?8)",
+        (bus, &*spec.group, &*spec.subscription, &*spec.service, spec.pattern.as_str(), cursor, now, spec.ordered),
     )?;
     Ok(Joined { group: tx.last_insert_rowid(), cursor })
 }
@@ -81,11 +89,16 @@ pub(super) fn stats(connection: &Connection, bus: i64, name: &str) -> Result<Gro
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
         })?;
     let pattern = Pattern::new(pattern)?;
-    let (in_flight, retrying, oldest): (i64, i64, Option<i64>) = snapshot.query_row(
-        "SELECT count(d.owner), count(*) - count(d.owner), min(coalesce(e.published_at, d.first_failed_at))
-         FROM polybus_deliveries d LEFT JOIN polybus_events e ON e.seq = d.seq WHERE d.group_id = ?1",
+    // In its lane, or the first of it, and not taken yet: that is lag.
+    let unseen = "d.owner IS NULL AND d.lane IS NOT NULL AND d.token = 0 AND d.replayed_from IS NULL";
+    let (in_flight, waiting, unseen, oldest): (i64, i64, i64, Option<i64>) = snapshot.query_row(
+        &format!(
+            "SELECT count(d.owner), count(*) - count(d.owner), count(CASE WHEN {unseen} THEN 1 END),
+                    min(coalesce(e.published_at, d.first_failed_at))
+             FROM polybus_deliveries d LEFT JOIN polybus_events e ON e.seq = d.seq WHERE d.group_id = ?1"
+        ),
         [group],
-        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
     )?;
     let dead =
         snapshot.query_row("SELECT count(*) FROM polybus_dead WHERE group_id = ?1", [group], |row| row.get(0))?;
@@ -93,7 +106,7 @@ pub(super) fn stats(connection: &Connection, bus: i64, name: &str) -> Result<Gro
         "SELECT type, count(*), min(published_at) FROM polybus_events WHERE bus = ?1 AND seq > ?2 GROUP BY type",
     )?;
     let mut rows = types.query((bus, cursor))?;
-    let (mut lag, mut oldest) = (0_i64, oldest);
+    let (mut lag, mut oldest) = (unseen, oldest);
     while let Some(row) = rows.next()? {
         if pattern.matches(&row.get::<_, String>(0)?) {
             lag += row.get::<_, i64>(1)?;
@@ -106,7 +119,7 @@ pub(super) fn stats(connection: &Connection, bus: i64, name: &str) -> Result<Gro
     Ok(GroupStats {
         lag: count(lag),
         in_flight: count(in_flight),
-        retrying: count(retrying),
+        retrying: count(waiting - unseen),
         dead: count(dead),
         expired: count(expired),
         oldest: oldest.map(|at| Duration::from_millis((now - at).max(0).unsigned_abs())),

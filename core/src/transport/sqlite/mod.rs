@@ -25,6 +25,7 @@ mod fork;
 mod group;
 mod guard;
 mod job;
+mod lane;
 mod lock;
 mod publish;
 mod retention;
@@ -230,6 +231,7 @@ impl Transport for Sqlite {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            ordered: true,
         }
     }
 

@@ -8,6 +8,7 @@
 //! * `polybus_groups`: durable groups. Everything at or before `cursor` was taken by somebody or does not match.
 //! * `polybus_deliveries`: what was taken and is not finished. With an owner: leased. Without: waiting until `due_at`.
 //!   `event` is a copy of its own where the log's may be gone: replays, and what the user's limits removed.
+//!   In an ordered group `lane` is the partition key; see [`super::lane`].
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).
 //! * `polybus_dead`: dead letters.
@@ -54,6 +55,13 @@ CREATE TABLE polybus_dead(id INTEGER PRIMARY KEY AUTOINCREMENT, bus INTEGER NOT 
   last_failed_at INTEGER NOT NULL, subscription TEXT NOT NULL, reason TEXT NOT NULL, replayed_from INTEGER);
 CREATE INDEX polybus_dead_group ON polybus_dead(group_id);
 ";
+
+/// Columns that came later: table, name, declaration. An older polybus does not name them and goes on beside us.
+const ADDITIONS: [(&str, &str, &str); 3] = [
+    ("polybus_groups", "ordered", "INTEGER NOT NULL DEFAULT 0"),
+    ("polybus_deliveries", "lane", "TEXT"),
+    ("polybus_dead", "lane", "TEXT"),
+];
 
 /// Refuses a SQLite that may damage the file.
 pub(super) fn check_library() -> Result<()> {
@@ -113,7 +121,11 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
     tune(connection)?;
     let boot = clock::boot_id();
     let known: Option<String> = if fresh { None } else { meta(connection, "boot_id")? };
-    if known.as_deref() == Some(&boot) {
+    let lacking = match fresh {
+        true => ADDITIONS.to_vec(),
+        false => lacking(connection)?,
+    };
+    if known.as_deref() == Some(&boot) && lacking.is_empty() {
         return Ok(());
     }
     let tx = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
@@ -122,10 +134,27 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
         tx.pragma_update(None, "application_id", APPLICATION_ID)?;
         tx.pragma_update(None, "user_version", VERSION)?;
     }
-    tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
-    tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
+    for (table, column, declaration) in lacking {
+        tx.execute(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"), [])?;
+    }
+    if known.as_deref() != Some(&boot) {
+        tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
+        tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
+    }
     tx.commit()?;
     Ok(())
+}
+
+/// The columns of [`ADDITIONS`] that the file does not have.
+fn lacking(connection: &Connection) -> Result<Vec<(&'static str, &'static str, &'static str)>> {
+    let mut find = connection.prepare("SELECT EXISTS(SELECT 1 FROM pragma_table_info(?1) WHERE name = ?2)")?;
+    let mut lacking = Vec::new();
+    for addition in ADDITIONS {
+        if !find.query_row((addition.0, addition.1), |row| row.get::<_, bool>(0))? {
+            lacking.push(addition);
+        }
+    }
+    Ok(lacking)
 }
 
 fn meta(connection: &Connection, key: &str) -> Result<Option<String>> {

@@ -21,7 +21,7 @@ pub(super) fn settle(tx: &Connection, member: &Member, batch: &[Settlement]) -> 
     let mut settled = Settled { lost: Vec::new(), waiting: false };
     for Settlement { lease, verdict } in batch {
         let done = match verdict {
-            Verdict::Ack => finish(tx, member, *lease)?,
+            Verdict::Ack => finish(tx, member, *lease, &mut settled.waiting)?,
             Verdict::Retry { after, failure } => {
                 settled.waiting = true;
                 retry(tx, member, *lease, clock::wall_ms() + clock::millis(*after), failure)?
@@ -30,7 +30,9 @@ pub(super) fn settle(tx: &Connection, member: &Member, batch: &[Settlement]) -> 
                 settled.waiting = true;
                 release(tx, member, *lease)?
             }
-            Verdict::DeadLetter { reason, failure } => bury(tx, member, *lease, *reason, failure)?,
+            Verdict::DeadLetter { reason, failure } => {
+                bury(tx, member, (*lease, *reason), failure, &mut settled.waiting)?
+            }
         };
         if !done {
             settled.lost.push(*lease);
@@ -39,11 +41,16 @@ pub(super) fn settle(tx: &Connection, member: &Member, batch: &[Settlement]) -> 
     Ok(settled)
 }
 
-fn finish(tx: &Connection, member: &Member, lease: Lease) -> Result<bool> {
+/// Removes a delivery; `waiting` becomes true when that lets another one go.
+fn finish(tx: &Connection, member: &Member, lease: Lease, waiting: &mut bool) -> Result<bool> {
     let mut delete = tx.prepare_cached(
         "DELETE FROM polybus_deliveries WHERE group_id = ?1 AND seq = ?2 AND token = ?3 AND owner IS NOT NULL",
     )?;
-    Ok(delete.execute((member.group, lease.position, lease.token))? == 1)
+    let before = tx.total_changes();
+    let removed = delete.execute((member.group, lease.position, lease.token))? == 1;
+    // More than our row: the lane went on, by the trigger.
+    *waiting |= member.ordered && tx.total_changes() > before + 1;
+    Ok(removed)
 }
 
 fn retry(tx: &Connection, member: &Member, lease: Lease, due_at: i64, failure: &Failure) -> Result<bool> {
@@ -68,15 +75,21 @@ fn release(tx: &Connection, member: &Member, lease: Lease) -> Result<bool> {
 }
 
 /// Moves a delivery to the dead letters, with its event.
-fn bury(tx: &Connection, member: &Member, lease: Lease, reason: DeadReason, failure: &Failure) -> Result<bool> {
+fn bury(
+    tx: &Connection,
+    member: &Member,
+    (lease, reason): (Lease, DeadReason),
+    failure: &Failure,
+    waiting: &mut bool,
+) -> Result<bool> {
     // Bytes that are no event have no type, so that no pattern finds them.
     let typed = reason != DeadReason::Undecodable;
     let mut insert = tx.prepare_cached(
         "INSERT INTO polybus_dead(bus, group_id, seq, type, event, error_kind, error_message, error_stack, attempts,
-                first_failed_at, last_failed_at, subscription, reason, replayed_from)
+                first_failed_at, last_failed_at, subscription, reason, replayed_from, lane)
          SELECT g.bus, d.group_id, d.seq, CASE WHEN ?4 THEN coalesce(d.type, e.type) END,
                 coalesce(d.event, e.event, x''), ?5, ?6, ?7, d.attempt, coalesce(d.first_failed_at, ?8), ?8,
-                g.subscription, ?9, d.replayed_from
+                g.subscription, ?9, d.replayed_from, d.lane
          FROM polybus_deliveries d JOIN polybus_groups g ON g.id = d.group_id
               LEFT JOIN polybus_events e ON e.seq = d.seq
          WHERE d.group_id = ?1 AND d.seq = ?2 AND d.token = ?3 AND d.owner IS NOT NULL",
@@ -92,7 +105,7 @@ fn bury(tx: &Connection, member: &Member, lease: Lease, reason: DeadReason, fail
         clock::wall_ms(),
         reason.as_str(),
     ))?;
-    Ok(buried == 1 && finish(tx, member, lease)?)
+    Ok(buried == 1 && finish(tx, member, lease, waiting)?)
 }
 
 /// Extends everything that the source holds. Returns those of `held` that were lost.
