@@ -8,15 +8,17 @@ pub mod proxy;
 pub mod redis_server;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use polybus_core::bus::new_event;
+use polybus_core::clock::Clock;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{Job, Outcome, from_fn};
 use polybus_core::retry::{Jitter, RetryPolicy};
-use polybus_core::transport::{Outgoing, Receipt};
-use polybus_core::{Bus, BusOptions, Event, Result, SubscribeOptions, Subscription};
+use polybus_core::transport::{Confirm, Durability, GroupSpec, Outgoing, Receipt, Settings, Start, Transport, connect};
+use polybus_core::{Bus, BusOptions, Event, Pattern, Result, SubscribeOptions, Subscription};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::redis_server::{RedisServer, with_shared};
@@ -56,6 +58,37 @@ impl World {
 
     pub fn bus(&self) -> Bus {
         self.bus_with(BusOptions::new("test"))
+    }
+
+    /// A bare hold on the store of [`World::bus`], without heartbeats: for what a process does that dies.
+    pub async fn transport(&self) -> Arc<dyn Transport> {
+        let settings = Settings {
+            bus: format!("{}-default", self.name).into(),
+            durability: Durability::Off,
+            retention: None,
+            max_age: None,
+            max_events: None,
+            confirm: Confirm::default(),
+            partitions: None,
+            max_payload_bytes: 1 << 20,
+            clock: Clock::default(),
+            allow_network_fs: false,
+        };
+        connect(&self.url, settings).await.unwrap()
+    }
+
+    /// A member of the group that [`Bus::subscribe`] would join under that name, with the shortest lease.
+    pub fn spec(&self, pattern: &str, name: &str, ordered: bool) -> GroupSpec {
+        GroupSpec {
+            group: format!("test/{name}").into(),
+            subscription: name.into(),
+            service: "test".into(),
+            pattern: Pattern::new(pattern).unwrap(),
+            start: Start::Beginning,
+            broadcast: false,
+            ordered,
+            lease: Duration::from_secs(1),
+        }
     }
 
     /// The name of its bus is unique to this world, because several share a server.

@@ -240,7 +240,8 @@ impl Shelf {
             }
             Change::Replay => {
                 let keys = &partition.keys;
-                let mut command = scripts::REPLAY.call(&[&own.dead, &own.retry, &own.work, &keys.groups, &keys.bell]);
+                let mut command =
+                    scripts::REPLAY.call(&[&own.dead, &own.retry, &own.work, &keys.groups, &keys.bell, &own.lanes]);
                 command.arg(&self.group).arg(ids);
                 partition.work.script(&scripts::REPLAY, &command, partition.patience()).await?
             }

@@ -15,7 +15,7 @@ use super::value::{self, Id};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::pattern::Pattern;
-use crate::transport::{GroupSpec, GroupStats, Start, time};
+use crate::transport::{GroupSpec, GroupStats, Start, disagrees, time};
 
 /// Entries that one step of counting looks at.
 const COUNT: usize = 2_000;
@@ -29,7 +29,7 @@ pub(super) struct Joined {
 }
 
 /// Makes the group if it is new. With `before`: again, because the server may have lost it since; `NotFound` when it was
-/// deleted on purpose.
+/// deleted on purpose; `InvalidConfig` when it has another order.
 pub(super) async fn join(partition: &Partition, spec: &GroupSpec, before: Option<Joined>) -> Result<Joined> {
     let keys = &partition.keys;
     let start = match spec.start {
@@ -46,11 +46,12 @@ pub(super) async fn join(partition: &Partition, spec: &GroupSpec, before: Option
     });
     let fresh = format!("{:016x}", fastrand::u64(..));
     let (known, cursor) = before.map_or_else(Default::default, |before| (before.epoch, before.delivered.to_string()));
-    let mut command = scripts::JOIN.call(&[&keys.events, &keys.groups, &keys.meta, &keys.bell]);
+    let mut command = scripts::JOIN.call(&[&keys.events, &keys.groups, &keys.meta, &keys.bell, &keys.counts]);
     command.arg(&*spec.group).arg(facts.to_string()).arg(start).arg(fresh).arg(known);
-    command.arg(cursor);
+    command.arg(cursor).arg(if spec.ordered { "1" } else { "" });
     let mut answer = match partition.work.script(&scripts::JOIN, &command, partition.patience()).await? {
         Value::Array(answer) => answer.into_iter(),
+        other if value::text(other.clone())? == "other order" => return Err(disagrees(&spec.group, spec.ordered)),
         _ => return Err(member::deleted(&spec.group)),
     };
     match (answer.next(), answer.next(), answer.next(), answer.next()) {
@@ -100,8 +101,16 @@ pub(super) async fn stats(partitions: &[Arc<Partition>], group: &Text) -> Result
 
 async fn partition_stats(partition: &Partition, group: &Text) -> Result<Option<GroupStats>> {
     let (keys, own) = (&partition.keys, partition.keys.group(group));
-    let mut command =
-        scripts::STATS.call(&[&keys.events, &keys.groups, &keys.counts, &own.retry, &own.held, &own.work, &own.dead]);
+    let mut command = scripts::STATS.call(&[
+        &keys.events,
+        &keys.groups,
+        &keys.counts,
+        &own.retry,
+        &own.held,
+        &own.work,
+        &own.dead,
+        &own.lanes,
+    ]);
     command.arg(&**group);
     let answer = partition.work.script(&scripts::STATS, &command, partition.patience()).await?;
     if answer == Value::Nil {
@@ -113,11 +122,11 @@ async fn partition_stats(partition: &Partition, group: &Text) -> Result<Option<G
     let now = value::number(next()?)?;
     let delivered = value::text(next()?)?;
     let mut count = || value::number(next()?);
-    let (leased, waiting, dead, expired, oldest) = (count()?, count()?, count()?, count()?, count()?);
+    let (leased, waiting, dead, expired, oldest, parked) = (count()?, count()?, count()?, count()?, count()?, count()?);
     let (lag, first) = lag(partition, &pattern, delivered).await?;
     let oldest = [(oldest >= 0).then_some(oldest), first].into_iter().flatten().min();
     Ok(Some(GroupStats {
-        lag,
+        lag: lag + parked.unsigned_abs(),
         in_flight: leased.unsigned_abs(),
         retrying: waiting.unsigned_abs(),
         dead: dead.unsigned_abs(),
@@ -178,6 +187,7 @@ pub(super) async fn delete(partitions: &[Arc<Partition>], group: &str) -> Result
             &own.held,
             &own.work,
             &own.dead,
+            &own.lanes,
         ]);
         command.arg(group);
         let answer = partition.work.script(&scripts::DELETE, &command, partition.patience()).await?;

@@ -18,7 +18,7 @@ use crate::transport::time;
 /// Entries that one read asks for at most, beyond the room there is: see [`Member::ask`].
 const MOST: usize = 512;
 /// Bytes of events that one step takes from the group's store of work.
-const BYTES: usize = 4 << 20;
+pub(super) const BYTES: usize = 4 << 20;
 /// Entries that one claim takes over at most.
 const CLAIM: usize = 100;
 

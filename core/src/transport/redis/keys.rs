@@ -25,6 +25,8 @@ pub(super) struct GroupKeys {
     /// The events and facts of both.
     pub work: String,
     pub dead: String,
+    /// Of an ordered group: what waits for an earlier event of its key.
+    pub lanes: String,
 }
 
 impl Keys {
@@ -60,7 +62,7 @@ impl Keys {
 
     pub fn group(&self, group: &str) -> GroupKeys {
         let key = |name: &str| format!("{}:{name}:{group}", self.prefix);
-        GroupKeys { retry: key("retry"), held: key("held"), work: key("work"), dead: key("dead") }
+        GroupKeys { retry: key("retry"), held: key("held"), work: key("work"), dead: key("dead"), lanes: key("lanes") }
     }
 }
 

@@ -10,10 +10,12 @@
 //! done by the script `skip`, which refuses if the group has a newer pattern than we thought: then they are looked at again.
 //! All of that is in [`super::intake`].
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use redis::{Cmd, Value};
 use tokio::sync::Notify;
 
@@ -28,7 +30,7 @@ use super::value::{self, Id};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::pattern::Pattern;
-use crate::transport::{GroupSpec, time};
+use crate::transport::{GroupSpec, disagrees, time};
 
 pub(super) struct Member {
     pub partition: Arc<Partition>,
@@ -39,7 +41,7 @@ pub(super) struct Member {
     pub hold: Arc<Hold>,
     /// Milliseconds.
     pub lease: i64,
-    spec: GroupSpec,
+    pub spec: GroupSpec,
     pub max_payload: usize,
     pub state: Mutex<State>,
     pub takes: AtomicU64,
@@ -71,6 +73,8 @@ pub(super) struct State {
     pub expired: usize,
     /// The part of the recent entries that the group wanted.
     pub wanted: f64,
+    /// Of an ordered group: types that came and that the pattern does not match.
+    pub unwanted: BTreeSet<Bytes>,
     /// When the doorbell was armed last, by our boot clock: its reads are not older.
     pub armed_at: i64,
 }
@@ -101,6 +105,7 @@ impl Member {
             skipped: Vec::new(),
             expired: 0,
             wanted: 1.0,
+            unwanted: BTreeSet::new(),
             armed_at: 0,
         };
         let member = Arc::new(Self {
@@ -179,6 +184,9 @@ impl Member {
     pub async fn look(&self, room: usize) -> Result<(), Failure> {
         lock(&self.state).waiting = None;
         self.settle_doubt().await?;
+        if self.spec.ordered {
+            return self.look_in_order(room).await;
+        }
         self.skip().await?;
         if lock(&self.state).due.is_some_and(|due| due <= self.partition.now()) {
             match self.take_due(room).await {
@@ -289,6 +297,12 @@ impl Member {
             return Ok(());
         }
         let pattern = group::pattern(&value::text(facts)?)?;
+        let mut ask = redis::cmd("HEXISTS");
+        ask.arg(&self.partition.keys.counts).arg(format!("{}:ordered", self.group));
+        let ordered = value::number(self.partition.work.run(&ask, self.partition.patience()).await?)? == 1;
+        if ordered != self.spec.ordered {
+            return Err(disagrees(&self.group, self.spec.ordered).into()); // deleted, and made anew
+        }
         let mut state = lock(&self.state);
         if state.pattern.as_str() != pattern.as_str() {
             log::info!("group {} follows {} now", self.group, pattern.as_str());
@@ -326,7 +340,8 @@ impl Waiter for Member {
             self.is_armed.store(true, Ordering::Release);
             room
         };
-        Some(self.read_command(self.ask(room)))
+        // An ordered group reads by a script, when it is rung; a read behind the doorbell could lose its answer.
+        Some(if self.spec.ordered { redis::cmd("PING") } else { self.read_command(self.ask(room)) })
     }
 
     fn waits(&self) -> bool {
@@ -338,6 +353,16 @@ impl Waiter for Member {
     }
 
     fn answer(&self, answer: Result<Value, Failure>, seen: Option<Id>) -> bool {
+        if self.spec.ordered && answer.is_ok() {
+            if seen.is_none() {
+                return false;
+            }
+            let mut state = lock(&self.state);
+            (state.fresh, state.waiting) = (true, None);
+            drop(state);
+            self.hold.arrived.notify_one();
+            return true;
+        }
         let (room, armed_at) = {
             let state = lock(&self.state);
             (state.waiting, state.armed_at)

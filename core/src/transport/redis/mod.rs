@@ -7,6 +7,7 @@
 //! | [`keys`], [`scripts`] | the names of the keys; the atomic steps inside the server |
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
 //! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
+//! | [`ordered`] | the same way in a group that keeps order per partition key |
 //! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
@@ -26,6 +27,7 @@ mod intake;
 mod keys;
 mod link;
 mod member;
+mod ordered;
 mod partition;
 mod probe;
 mod publish;

@@ -3,7 +3,8 @@
 //! Numbers are milliseconds of the server's clock. A script is sent once by its text and then named by its digest; a
 //! server that does not know it (it was restarted, or another one took over) says so and gets the text.
 //!
-//! Those with `allow-oom` run on a server that is full, too: they move what is there, or make room.
+//! Those with `allow-oom` run on a server that is full, too: they move what is there, or make room. A script may be made of
+//! several files; `full` is that flag.
 
 use std::sync::LazyLock;
 
@@ -35,9 +36,9 @@ impl Script {
 }
 
 macro_rules! scripts {
-    ($($name:ident = $file:literal),* $(,)?) => {$(
+    ($($name:ident = $($file:literal)+),* $(,)?) => {$(
         pub(super) static $name: LazyLock<Script> =
-            LazyLock::new(|| Script::new(include_str!(concat!("scripts/", $file, ".lua"))));
+            LazyLock::new(|| Script::new(concat!($(include_str!(concat!("scripts/", $file, ".lua"))),+)));
     )*
 
         /// Makes the server know all scripts.
@@ -47,7 +48,7 @@ macro_rules! scripts {
             load
         }
 
-        fn all() -> [&'static Script; [$($file),*].len()] {
+        fn all() -> [&'static Script; [$(stringify!($name)),*].len()] {
             [$(&$name),*]
         }
     };
@@ -70,6 +71,8 @@ scripts! {
     DROP = "drop",
     STATS = "stats",
     TYPES = "types",
+    ORDERED_TAKE = "full" "lanes" "ordered_take",
+    ORDERED_SETTLE = "full" "lanes" "ordered_settle",
 }
 
 /// The command where a script failed, from what the server says of it: `… script: <digest>, on @user_script:<line>.`

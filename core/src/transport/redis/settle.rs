@@ -55,11 +55,11 @@ impl Member {
         if let Some(script) = script {
             let answer = match answer() {
                 Err(failure) if failure.no_script => {
-                    self.partition.work.script(&scripts::SETTLE, &script, self.partition.patience()).await?
+                    self.partition.work.script(self.settling().0, &script, self.partition.patience()).await?
                 }
                 other => other?,
             };
-            for index in value::list(answer)? {
+            for index in self.note_ended(answer)? {
                 let index = usize::try_from(value::number(index)?).unwrap_or(usize::MAX);
                 lost.extend(fenced.get(index).map(|(lease, ..)| *lease));
             }
@@ -80,10 +80,9 @@ impl Member {
         leases.iter().for_each(|lease| drop(self.hold.remove(*lease)));
     }
 
-    fn settle_command(&self, fenced: &[(Lease, Held, Verdict)]) -> Cmd {
-        let (keys, own) = (&self.partition.keys, &self.keys);
-        let mut command =
-            scripts::SETTLE.call(&[&keys.events, &own.retry, &own.held, &own.work, &own.dead, &keys.bell]);
+    pub(super) fn settle_command(&self, fenced: &[(Lease, Held, Verdict)]) -> Cmd {
+        let (script, keys) = self.settling();
+        let mut command = script.call(&keys);
         command.arg(&*self.group).arg(&self.consumer).arg(self.subscription());
         let none = HandlerFailure::default();
         for (_, held, verdict) in fenced {

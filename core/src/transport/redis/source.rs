@@ -30,9 +30,11 @@ struct Shared {
     /// Where the next look begins, so that no partition is always the last.
     turn: AtomicUsize,
     /// A `take` is under way.
+    taking: AtomicBool,
     /// Soon what there is no room for is given back.
     waning: AtomicBool,
-    taking: AtomicBool,
+    /// Soon others are told of what is due in an ordered group.
+    passing: AtomicBool,
     /// Held by a look, which goes on when its `take` was dropped.
     looking: tokio::sync::Mutex<()>,
     closed: watch::Sender<bool>,
@@ -69,6 +71,7 @@ pub(super) async fn join(
         turn: AtomicUsize::new(0),
         taking: AtomicBool::new(false),
         waning: AtomicBool::new(false),
+        passing: AtomicBool::new(false),
         looking: tokio::sync::Mutex::default(),
         closed: watch::Sender::new(false),
     }))))
@@ -146,6 +149,24 @@ impl Shared {
             }
             if !shared.taking.load(Ordering::Acquire) {
                 shared.hand_on(shared.hold.surplus()).await;
+            }
+        });
+    }
+
+    /// The next event of a key is for whoever handled the one before, who has room for it. If nothing takes it here soon (the
+    /// subscription is paused, or ends) others are told.
+    fn pass_on(self: &Arc<Self>) {
+        if !self.members[0].spec.ordered || self.passing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let shared = self.clone();
+        crate::process::current().runtime.spawn(async move {
+            tokio::time::sleep(HOARD).await;
+            shared.passing.store(false, Ordering::Release);
+            if !shared.taking.load(Ordering::Acquire) {
+                for member in &shared.members {
+                    member.pass_on().await;
+                }
             }
         });
     }
@@ -228,6 +249,7 @@ impl Shared {
         self.give_back().await;
         for member in &self.members {
             member.finish().await;
+            member.pass_on().await;
             member.partition.leave(member);
             member.forget_consumers(Duration::from_secs(365 * 86_400), true).await;
         }
@@ -255,7 +277,11 @@ impl Source for GroupSource {
         let shared = self.0.clone();
         Box::pin(async move {
             // Not dropped in the middle: the caller would not know what was done.
-            let settled = crate::process::current().runtime.spawn(async move { shared.settle(settlements).await });
+            let settled = crate::process::current().runtime.spawn(async move {
+                let settled = shared.settle(settlements).await;
+                shared.pass_on();
+                settled
+            });
             settled.await.unwrap_or_else(|_| Err(closed())).map_err(|cause| cause.during("settle"))
         })
     }

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
 -- Joins a group, making it when it is new, and also after a reset: the server has lost the group or its stream.
--- KEYS events groups meta bell
--- ARGV group | facts (JSON) | start of a new group | a fresh epoch | known epoch, or "" for a first join | cursor
--- Returns {epoch, version, last delivered id, now}, or "deleted".
+-- KEYS events groups meta bell counts
+-- ARGV group | facts (JSON) | start of a new group | a fresh epoch | known epoch, or "" for a first join | cursor |
+-- 1 when it is to be ordered, or ""
+-- Returns {epoch, version, last delivered id, now}, or "deleted", or "other order".
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -10,6 +11,7 @@ local known = redis.call('HGET', KEYS[2], ARGV[1])
 if ARGV[5] ~= '' and epoch == ARGV[5] and not known then
   return 'deleted' -- by somebody who meant it: everything else of this bus is still there
 end
+if known and (redis.call('HGET', KEYS[5], ARGV[1] .. ':ordered') or '') ~= ARGV[7] then return 'other order' end
 if not epoch then
   epoch = ARGV[4]
   redis.call('HSET', KEYS[3], 'epoch', epoch, 'format', '1')
@@ -44,7 +46,10 @@ if known then
   changed = before.pattern ~= facts.pattern
 else
   facts.created = now
+  redis.call('HDEL', KEYS[5], ARGV[1] .. ':ordered')
 end
+-- Not among the facts: an older polybus would write them without it.
+if ARGV[7] ~= '' then redis.call('HSET', KEYS[5], ARGV[1] .. ':ordered', ARGV[7]) end
 facts.seen = now
 redis.call('HSET', KEYS[2], ARGV[1], cjson.encode(facts))
 if changed then

@@ -1,5 +1,6 @@
--- Gives dead letters back to their group, attempts from 1, and removes the records, each in one step.
--- KEYS dead retry work groups bell
+-- Gives dead letters back to their group, attempts from 1, and removes the records, each in one step. In an
+-- ordered group each takes its place in its lane: behind what is active, before what was published later.
+-- KEYS dead retry work groups bell lanes
 -- ARGV group | ids …
 -- Returns how many.
 if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 then return 0 end
@@ -11,7 +12,13 @@ for at = 2, #ARGV do
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
     local id = 'dead:' .. ARGV[at]
     redis.call('HSET', KEYS[3], id, fields.e, id .. ':facts', '0|||' .. ARGV[at])
-    redis.call('ZADD', KEYS[2], 0, id)
+    local digest, place = string.match(fields.o or '', '^(.+)|(.+)$')
+    if digest then redis.call('HSET', KEYS[3], id .. ':lane', digest .. '|' .. place .. '||') end
+    if not digest or redis.call('HSETNX', KEYS[3], 'lane:' .. digest, id) == 1 then
+      redis.call('ZADD', KEYS[2], 0, id)
+    else
+      redis.call('ZADD', KEYS[6], 0, digest .. ':' .. place .. ':' .. id)
+    end
     redis.call('XDEL', KEYS[1], ARGV[at])
     count = count + 1
   end

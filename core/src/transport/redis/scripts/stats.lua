@@ -1,7 +1,8 @@
 -- Counts what a group has. The log itself is counted by `types`.
--- KEYS events groups counts retry held work dead
+-- KEYS events groups counts retry held work dead lanes
 -- ARGV group
--- Returns {facts (JSON), now, last delivered id, leased, waiting, dead, expired, oldest ms (-1: none)}, or nothing.
+-- Returns {facts (JSON), now, last delivered id, leased, waiting, dead, expired, oldest ms (-1: none),
+-- parked}, or nothing.
 local facts = redis.call('HGET', KEYS[2], ARGV[1])
 if not facts then return false end
 local time = redis.call('TIME')
@@ -26,5 +27,5 @@ for _, key in ipairs({ KEYS[4], KEYS[5] }) do
 end
 return {
   facts, now, delivered, pending + redis.call('ZCARD', KEYS[5]), redis.call('ZCARD', KEYS[4]),
-  redis.call('XLEN', KEYS[7]), tonumber(redis.call('HGET', KEYS[3], ARGV[1] .. ':expired') or 0), oldest,
+  redis.call('XLEN', KEYS[7]), tonumber(redis.call('HGET', KEYS[3], ARGV[1] .. ':expired') or 0), oldest, redis.call('ZCARD', KEYS[8]),
 }
