@@ -197,6 +197,7 @@ impl NativeBus {
                     "deadLetters": can.dead_letters,
                     "startPosition": can.start_position,
                     "broadcast": can.broadcast,
+                    "ordered": can.ordered,
                 },
             })
             .to_string())

@@ -97,6 +97,7 @@ export interface Guarantees {
     readonly deadLetters: boolean
     readonly startPosition: boolean
     readonly broadcast: boolean
+    readonly ordered: boolean
   }
 }
 

@@ -26,6 +26,11 @@ export interface SubscribeOptions {
   start?: 'new' | 'beginning' | Date | number
   /** Every process gets every event from now on; nothing is settled, retried or kept. Default false. */
   broadcast?: boolean
+  /**
+   * Events of one `partitionKey` are handled one at a time and in order, over all processes of the group; other keys go on.
+   * All processes of a group must agree: `InvalidConfig`. Default false.
+   */
+  ordered?: boolean
   /** Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true. */
   deadLetter?: boolean
 }

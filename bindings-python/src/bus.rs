@@ -229,6 +229,7 @@ impl PyBus {
             facts.set_item("dead_letters", can.dead_letters)?;
             facts.set_item("start_position", can.start_position)?;
             facts.set_item("broadcast", can.broadcast)?;
+            facts.set_item("ordered", can.ordered)?;
             let details = PyDict::new(py);
             for (name, value) in found.details {
                 details.set_item(name, value)?;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from polybus import Bus, Event, RetryPolicy
@@ -36,6 +37,7 @@ async def main(url: str, bus_name: str) -> None:
                             handler,
                             name=command["name"],
                             group=command["group"],
+                            ordered=command.get("ordered", False),
                             retry=RetryPolicy(max_retries=1, initial_delay=0.005, jitter="none"),
                         )
                     )
@@ -48,6 +50,11 @@ async def main(url: str, bus_name: str) -> None:
                     tell({"dead": [described(letter) for letter in await bus.dead_letters.list(limit=100)]})
                 case "replay":
                     tell({"replayed": await bus.dead_letters.replay({})})
+
+
+def record(path: str, line: str) -> None:
+    with Path(path).open("a") as file:
+        file.write(line + "\n")
 
 
 def snake(name: str) -> str:
@@ -68,6 +75,11 @@ def described(letter: Any) -> dict[str, Any]:
 def handler_for(command: dict[str, Any]) -> Any:
     async def handler(event: Event[Any]) -> None:
         assert event.delivery is not None
+        if command.get("record"):
+            record(command["record"], f"begin {event.meta.partition_key} {event.payload}")
+            await asyncio.sleep(0.01)  # work
+            record(command["record"], f"end {event.meta.partition_key} {event.payload}")
+            return
         tell({"saw": event.to_dict(), "payload": event.raw.decode(), "attempt": event.delivery.attempt})
         if command.get("hang"):
             await asyncio.Event().wait()

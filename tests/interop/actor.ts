@@ -1,5 +1,7 @@
 // The TypeScript actor: obeys one JSON command a line, tells what happens. See README.md.
+import { appendFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
 
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
@@ -18,14 +20,19 @@ for await (const line of createInterface({ input: process.stdin })) {
     tell({ published: (await bus.publish(event)).id })
   } else if (command.do === 'subscribe') {
     const handler = async (event: Event<unknown>) => {
+      if (command.record) {
+        appendFileSync(command.record, `begin ${event.meta.partitionKey} ${event.payload}\n`)
+        await sleep(10) // work
+        appendFileSync(command.record, `end ${event.meta.partitionKey} ${event.payload}\n`)
+        return
+      }
       tell({ saw: event.toDict(), payload: text(event), attempt: event.delivery?.attempt })
       if (command.hang) await new Promise(() => {})
       if (command.fail) throw new Error('as the test wants ☃')
     }
     const retry = { maxRetries: 1, initialDelayMs: 5, jitter: 'none' } as const
-    subscriptions.push(
-      await bus.subscribe(command.pattern, handler, { name: command.name, group: command.group, retry }),
-    )
+    const { name, group, ordered } = command
+    subscriptions.push(await bus.subscribe(command.pattern, handler, { name, group, ordered, retry }))
     tell({ subscribed: command.name })
   } else if (command.do === 'unsubscribe') {
     await Promise.all(subscriptions.map((subscription) => subscription.unsubscribe()))

@@ -199,3 +199,36 @@ def test_an_event_that_kills_its_process_ends_as_poison(stage: Stage) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)  # a store tells only when asked
     assert [letter["reason"] for letter in letters] == ["poison"]
+
+
+@pytest.mark.parametrize("killed", ["python", "node"])
+def test_two_languages_keep_the_order_of_each_key(stage: Stage, tmp_path: Path, killed: str) -> None:
+    """W9 across processes: one of the two is killed in the middle, and nothing overtakes what it held."""
+    keys, numbers, record = [f"k{key}" for key in range(6)], range(20), tmp_path / "record"
+    record.touch()
+    giver, actors = stage.actor("rust"), {language: stage.actor(language) for language in ("python", "node")}
+    for actor in actors.values():
+        actor.ask("subscribed", "subscribe", pattern="n", name="s", group="g", ordered=True, record=str(record))
+    for number in numbers:
+        for key in keys:
+            giver.ask("published", "publish", type="n", payload=str(number), meta={"partitionKey": key})
+        if number == 10:
+            actors[killed].kill()
+    deadline = time.monotonic() + DEADLINE
+    while record.read_text().count("\n") < 2 * len(keys) * len(numbers) or not all(
+        f"end {key} {numbers[-1]}\n" in record.read_text() for key in keys
+    ):
+        assert time.monotonic() < deadline, record.read_text()
+        time.sleep(0.05)  # a file tells only when read
+    for key in keys:
+        lines = [line.split() for line in record.read_text().splitlines()]
+        steps = [(step, int(number)) for step, found, number in lines if found == key]
+        ended = -1
+        for (step, number), before in zip(steps, [("end", -1), *steps], strict=False):
+            if step == "begin":  # the next one, or the same once more after the kill
+                assert number == ended + 1 or before == ("end", number), (key, steps)
+                assert before[0] == "end" or before == ("begin", number), (key, steps)
+            else:
+                assert before == ("begin", number), (key, steps)
+                ended = number
+        assert ended == numbers[-1]

@@ -573,8 +573,43 @@ async def test_close_hands_a_handler_back_that_never_ends(store: Store) -> None:
 async def test_options_that_come_later(bus: Bus) -> None:
     async def handler(event: Event[Any]) -> None: ...
 
-    with pytest.raises(Unsupported, match="ordered"):
-        await bus.subscribe("x", handler, ordered=True)  # type: ignore[call-arg]
+    with pytest.raises(Unsupported, match="idempotent"):
+        await bus.subscribe("x", handler, idempotent=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.every_transport
+async def test_an_ordered_group_keeps_the_order_of_each_key(store: Store) -> None:
+    seen: dict[str, list[int]] = {}
+    running: set[str] = set()
+    done = asyncio.Semaphore(0)
+
+    async def handler(event: Event[Any]) -> None:
+        assert event.meta.partition_key is not None
+        assert event.delivery is not None
+        key = event.meta.partition_key
+        assert key not in running
+        running.add(key)
+        await asyncio.sleep(0)
+        running.remove(key)
+        if event.payload % 3 == 0 and event.delivery.attempt == 1:
+            raise ValueError("once")
+        seen.setdefault(key, []).append(event.payload)
+        done.release()
+
+    async with store.bus() as one, store.bus() as two:
+        assert (await one.guarantees()).ordered
+        for bus in (one, two):
+            await bus.subscribe("x", handler, name="s", ordered=True, retry=RetryPolicy(initial_delay=0.001))
+        await one.publish_many(
+            [Event.create("x", number, partition_key=f"k{key}") for number in range(10) for key in range(5)]
+        )
+        for _ in range(50):
+            await asyncio.wait_for(done.acquire(), 20)
+        assert seen == {f"k{key}": list(range(10)) for key in range(5)}
+        with pytest.raises(InvalidConfig, match="ordered"):
+            await two.subscribe("x", handler, name="other", group="shop/s")
+        with pytest.raises(InvalidConfig, match="broadcast"):
+            await two.subscribe("x", handler, name="other", ordered=True, broadcast=True)
 
 
 @pytest.mark.every_transport

@@ -28,6 +28,8 @@ class Guarantees:
     dead_letters: bool
     start_position: bool
     broadcast: bool
+    ordered: bool
+    """Subscriptions with ``ordered=True``."""
     details: Mapping[str, str] = field(default_factory=dict)
     """What was looked at: version, file system, settings."""
     warnings: Sequence[str] = ()

@@ -34,6 +34,8 @@ pub(super) struct Held {
     pub event_type: Bytes,
     pub event: Bytes,
     pub attempt: u32,
+    /// Somebody took it before.
+    pub redelivered: bool,
     /// Milliseconds of the server's clock.
     pub first_failed: Option<i64>,
     /// By our boot clock: until then nobody else can have taken it.
@@ -61,7 +63,7 @@ impl Hold {
             body,
             lease: Lease { position, token: 1 },
             attempt: held.attempt,
-            redelivered: held.attempt > 1 || matches!(held.place, Place::Work { .. }),
+            redelivered: held.redelivered,
             received_at: SystemTime::now(),
             first_failed_at: held.first_failed.map(time::from_ms),
         };

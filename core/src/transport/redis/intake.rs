@@ -116,6 +116,7 @@ impl Member {
             event_type: event_type.unwrap_or_default(),
             event,
             attempt: u32::try_from(count).unwrap_or(u32::MAX),
+            redelivered: count > 1,
             first_failed: None,
             until: sent + self.lease,
         };
@@ -146,6 +147,7 @@ impl Member {
                 event_type: Bytes::new(),
                 event,
                 attempt: u32::try_from(value::number(attempt)?).unwrap_or(u32::MAX),
+                redelivered: true,
                 first_failed: value::text(failed)?.parse().ok(),
                 until: sent + self.lease,
             };

@@ -96,19 +96,21 @@ impl Member {
             }
         }
         let mut unwanted = Vec::new();
-        while let (Some(id), Some(event), Some(attempt), Some(failed), Some(token), Some(event_type), Some(codec)) =
-            (facts.next(), facts.next(), facts.next(), facts.next(), facts.next(), facts.next(), facts.next())
-        {
+        let mut rest: Vec<Value> = facts.collect();
+        for delivery in rest.chunks_exact_mut(8) {
+            let [id, event, attempt, failed, token, event_type, codec, redelivered] = delivery else { continue };
+            let next = |part: &mut Value| std::mem::replace(part, Value::Nil);
             let held = Held {
                 partition: self.index,
-                place: Place::Work { id: value::text(id)?.into(), token: value::text(token)?.into() },
-                event_type: value::bytes(event_type)?,
-                event: value::bytes(event)?,
-                attempt: u32::try_from(value::number(attempt)?).unwrap_or(u32::MAX),
-                first_failed: value::text(failed)?.parse().ok(),
+                place: Place::Work { id: value::text(next(id))?.into(), token: value::text(next(token))?.into() },
+                event_type: value::bytes(next(event_type))?,
+                event: value::bytes(next(event))?,
+                attempt: u32::try_from(value::number(next(attempt))?).unwrap_or(u32::MAX),
+                redelivered: value::number(next(redelivered))? == 1,
+                first_failed: value::text(next(failed))?.parse().ok(),
                 until: sent + self.lease,
             };
-            let codec = Some(value::bytes(codec)?).filter(|codec| !codec.is_empty());
+            let codec = Some(value::bytes(next(codec))?).filter(|codec| !codec.is_empty());
             if self.wants(&held.event_type) {
                 self.hold.add(held, self.max_payload, codec.as_deref());
             } else {

@@ -109,7 +109,7 @@ impl Drop for Running {
 /// Joins the group with a handler that fails now and then.
 async fn join(bus: &Bus, log: &Log, failing: f64) -> Seen {
     let log = log.clone();
-    let options = SubscribeOptions { retry: Some(quick(1000)), concurrency: Some(8), ..options() };
+    let options = SubscribeOptions { retry: Some(quick(1000)), concurrency: Some(8), prefetch: 4, ..options() };
     let (_, seen) = attend(bus, "n", options, move |job| {
         let running = log.begin(job);
         async move {
@@ -152,7 +152,7 @@ async fn many_members_keep_the_order_of_each_key(world: World) {
     assert!(seen.iter().all(|seen| !seen.is_empty()), "one member did everything");
 }
 
-/// Closing in the middle gives back what runs, in its place.
+/// Closing in the middle gives back what waits, in its place.
 async fn members_come_and_go_in_order(world: World) {
     let (log, keeper) = (Log::default(), world.bus());
     publish_all(&keeper, 10, 40).await;
@@ -162,7 +162,7 @@ async fn members_come_and_go_in_order(world: World) {
         let guest = world.bus();
         let _seen = join(&guest, &log, 0.1).await;
         eventually("somebody goes on", || async { Ok(log.done() >= (before + 25).min(400)) }).await;
-        guest.close(Duration::ZERO).await;
+        guest.close(DEADLINE).await;
     }
     all_done(&log, 400).await;
     finished(&keeper, "test/s").await;

@@ -3,7 +3,7 @@
 -- order of their texts: '<digest of the key>:<place>:<id>'. In the hash `work` are, beside event and facts,
 --   '<id>:lane' = '<digest>|<place>|<expires>|<codec>|<type>'   of every event with a key
 --   'lane:<digest>' = the id of the active event
--- A place is the entry's id, padded so that texts sort as numbers do.
+-- The facts of an event that nobody took yet have the token 'new'. A place is the entry's id, padded so that texts sort as numbers do.
 local function place_of(id)
   local ms, number = string.match(id, '^(%d+)%-(%d+)$')
   return string.rep('0', 15 - #ms) .. ms .. '-' .. string.rep('0', 20 - #number) .. number

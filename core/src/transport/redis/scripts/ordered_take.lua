@@ -4,7 +4,7 @@
 -- KEYS events groups counts retry held work lanes
 -- ARGV group | consumer | token prefix | lease ms | most deliveries | most bytes | pattern | types that it does not match …
 -- Returns {now, next due (-1: none), lost, 1 when the log may have more, up to this entry all was read, pattern, then for
--- each: id, event, attempt, first failed, token, type, codec}. With another pattern than the caller's nothing was done.
+-- each: id, event, attempt, first failed, token, type, codec, 1 when somebody took it before}. With another pattern than the caller's nothing was done.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local group, most, bytes = ARGV[1], tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -15,12 +15,12 @@ local pattern = cjson.decode(known).pattern
 local out, taken, size, expired = { now, -1, 0, 1, '', pattern }, 0, 0, 0
 if pattern ~= ARGV[7] then return out end
 
-local function lease(id, event, attempt, failed, from, kind, codec)
+local function lease(id, event, attempt, failed, from, kind, codec, again)
   taken, size = taken + 1, size + #event
   local token = ARGV[3] .. taken
   redis.call('ZADD', held, now + ARGV[4], id)
   redis.call('HSET', work, id .. ':facts', attempt .. '|' .. failed .. '|' .. token .. '|' .. from)
-  for _, part in ipairs({ id, event, attempt, failed, token, kind, codec }) do out[#out + 1] = part end
+  for _, part in ipairs({ id, event, attempt, failed, token, kind, codec, again }) do out[#out + 1] = part end
 end
 
 -- What dead owners held comes back first; their attempts count.
@@ -36,12 +36,12 @@ while taken < most and size < bytes and looked < 1000 do
   looked = looked + 1
   redis.call('ZREM', retry, id)
   local event, facts, lane = unpack(redis.call('HMGET', work, id, id .. ':facts', id .. ':lane'))
-  local attempt, failed, from = string.match(facts or '', '^(%d+)|([^|]*)|[^|]*|(.*)$')
+  local attempt, failed, mark, from = string.match(facts or '', '^(%d+)|([^|]*)|([^|]*)|(.*)$')
   -- What is taken out of its lane for the first time may have expired there, and nobody has matched its type yet.
   local expires, codec, kind = string.match(lane or '', '^[^|]*|[^|]*|([^|]*)|([^|]*)|(.*)$')
-  local late = attempt == '0' and tonumber(expires or '') and tonumber(expires) <= now
+  local late = mark == 'new' and tonumber(expires or '') and tonumber(expires) <= now
   if event and attempt and not late then
-    lease(id, event, attempt + 1, failed, from, attempt == '0' and kind or '', codec or '')
+    lease(id, event, attempt + 1, failed, from, mark == 'new' and kind or '', codec or '', mark == 'new' and 0 or 1)
   else
     redis.call('HDEL', work, id, id .. ':facts')
     proceed(retry, work, lanes, id)
@@ -83,11 +83,11 @@ while taken < most and size < bytes and read < 1000 do
           .. codec .. '|' .. (fields.t or ''))
         active = redis.call('HSETNX', work, 'lane:' .. digest, id) == 1
         if not active then
-          redis.call('HSET', work, id .. ':facts', '0|||')
+          redis.call('HSET', work, id .. ':facts', '0||new|')
           redis.call('ZADD', lanes, 0, digest .. ':' .. place .. ':' .. id)
         end
       end
-      if active then lease(id, event, 1, '', '', fields.t or '', codec) end
+      if active then lease(id, event, 1, '', '', fields.t or '', codec, 0) end
     end
   end
 end
