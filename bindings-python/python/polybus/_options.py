@@ -79,8 +79,8 @@ class SubscribeOptions(TypedDict, total=False):
     broadcast: bool
     """Every process gets every event from now on; nothing is retried or kept. Default false."""
     ordered: bool
-    """Events of one ``partition_key`` are handled one at a time and in order, over all processes of the group; other keys
-    go on. All processes of a group must agree: ``InvalidConfig``. Default false."""
+    """Events of one ``partition_key`` are handled one at a time and in order, over all processes of the group;
+    other keys go on. All processes of a group must agree: ``InvalidConfig``. Default false."""
     dead_letter: bool
     """Keep what cannot be handled. Default true; otherwise it is logged and dropped."""
 

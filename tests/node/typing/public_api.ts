@@ -19,7 +19,11 @@ export async function untyped(): Promise<void> {
   })
   await using running = await bus.start()
   const receipt = await running.publish('order.created', { orderId: 'o-1' }, { partitionKey: 'o-1' })
-  const sub = await bus.subscribe('*.*.delete', async function audit() {}, { name: 'audit', start: new Date() })
+  const sub = await bus.subscribe('*.*.delete', async function audit() {}, {
+    name: 'audit',
+    start: new Date(),
+    ordered: true,
+  })
   await sub.drain(1000)
   await sub.unsubscribe()
   for await (const event of bus.events('order.*')) console.log(event.payload.anything, receipt.id)

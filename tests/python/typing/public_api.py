@@ -59,6 +59,10 @@ def plain(event: Event) -> str:
     return "fine"
 
 
+@bus.on("order.*", name="book", ordered=True)
+async def book(event: Event) -> None: ...
+
+
 @bus.on("x", start="middle")  # type: ignore[arg-type]
 async def misplaced(event: Event) -> None: ...
 
