@@ -5,9 +5,10 @@
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { clearTimeout, setTimeout } from 'node:timers'
-import { Batch, type Draft, type PublishOptions } from './batch.js'
+import { Batch, type Draft, eventsOf, type PublishOptions } from './batch.js'
 import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
+import { reloads } from './development.js'
 import {
   call,
   DuplicateSubscription,
@@ -19,6 +20,16 @@ import {
 } from './errors.js'
 import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered } from './event.js'
 import { describe, describeValue, optionsText } from './json.js'
+import {
+  added,
+  around,
+  checkMiddleware,
+  type HandleMiddleware,
+  type PublishMiddleware,
+  publishManyThrough,
+  publishThrough,
+  type UseOptions,
+} from './middleware.js'
 import { native } from './native.js'
 import type { RetryPolicy } from './retry.js'
 import {
@@ -68,6 +79,8 @@ export interface BusOptions {
   partitions?: number
   /** Open a file on a network file system. Default false. */
   allowNetworkFs?: boolean
+  /** What a second handler of the same name does. Default `error`; `replace` under `node --watch`, Next.js's and Vite's dev servers. */
+  onDuplicate?: 'error' | 'replace'
 }
 
 /** Says that an event was accepted. */
@@ -126,6 +139,14 @@ interface Registration {
 /** A subscription that runs, or is being made. */
 interface Live {
   readonly runner: Runner
+  /** As given, without middleware. */
+  handler: Handler
+  readonly pattern: string
+  readonly options: string
+  /** Another handler of that name may take its place. */
+  readonly replaceable: boolean
+  made: Promise<Subscription>
+  onEnd: (() => void) | undefined
   /** Whether it keeps the process alive. */
   holds: boolean
   ended(): void
@@ -147,10 +168,13 @@ export class Bus<E extends object = AnyEvents> {
   readonly #native: InstanceType<typeof native.NativeBus>
   readonly #sync: boolean
   readonly #logger: Logger | undefined
+  readonly #replaces: boolean
   readonly #registered: Registration[] = []
   /** Subscriptions that {@link Bus.on} makes on a running bus; publish waits for them. */
   readonly #late = new Set<Promise<unknown>>()
   readonly #live = new Set<Live>()
+  #handling: readonly HandleMiddleware[] = []
+  #publishing: readonly PublishMiddleware[] = []
   #running = false
   #held = true
   /** Dead letters: list, get, replay, purge, count. */
@@ -179,6 +203,7 @@ export class Bus<E extends object = AnyEvents> {
     this.#logger = logger
     if (logger !== undefined) bridge().setLogger(this, logger)
     this.#sync = this.#native.isSync
+    this.#replaces = this.#native.replaces ?? reloads()
     this.deadLetters = new DeadLetters((what, query) => run((key) => this.#native[what](key, query)))
   }
 
@@ -198,6 +223,23 @@ export class Bus<E extends object = AnyEvents> {
     if (typeof pathOrObject === 'string')
       return fromConfig(call(() => native.configFromFile(pathOrObject, environment())))
     return fromConfig(call(() => native.configFromObject(optionsText(pathOrObject, 'bus'), environment())))
+  }
+
+  /**
+   * The bus of this process for that URL, bus name and service: made by the first call, found by later ones, also by
+   * those of a module that is evaluated again. The options of the first call hold.
+   *
+   * A second `new Bus` in such a module would leave the first one's handlers running.
+   */
+  static shared<E extends object = AnyEvents>(url?: string, options?: BusOptions): Bus<E> {
+    const { shared } = bridge()
+    const key = JSON.stringify([url, options?.bus, options?.service])
+    let found = shared.get(key) as Bus<E> | undefined
+    if (found === undefined) {
+      found = new Bus<E>(url, options)
+      shared.set(key, found)
+    }
+    return found
   }
 
   /** The URL without its password. */
@@ -265,10 +307,14 @@ export class Bus<E extends object = AnyEvents> {
       typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
     const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
     const { name } = registration
-    if (this.#registered.some((other) => other.name === name)) {
-      throw new DuplicateSubscription(`this bus has a handler named ${JSON.stringify(name)}; pass another name`)
+    const at = this.#registered.findIndex((other) => other.name === name)
+    if (at >= 0 && !this.#replaces) {
+      throw new DuplicateSubscription(
+        `this bus has a handler named ${JSON.stringify(name)}; pass another name, or onDuplicate: 'replace' to the bus ` +
+          'if a module is evaluated again',
+      )
     }
-    this.#registered.push(registration)
+    this.#registered.splice(at < 0 ? this.#registered.length : at, 1, registration)
     if (this.#running) {
       const late = this.#begin(registration)
         .catch((error) =>
@@ -289,6 +335,31 @@ export class Bus<E extends object = AnyEvents> {
       throw error
     })
     return registration.subscribed
+  }
+
+  /**
+   * Runs `middleware` around every handler, or with `{ on: 'publish' }` around every publish. The first that was added is
+   * the outermost; added at any time, it concerns what comes later. What it stores with `AsyncLocalStorage` is seen by
+   * the handler.
+   *
+   * @throws InvalidConfig for what is not a function.
+   */
+  use(middleware: HandleMiddleware, options?: { on?: 'handle' }): this
+  use(middleware: PublishMiddleware, options: { on: 'publish' }): this
+  use(middleware: HandleMiddleware | PublishMiddleware, options: UseOptions = {}): this {
+    if (checkMiddleware(middleware, options) === 'publish') {
+      this.#publishing = added(this.#publishing, middleware as PublishMiddleware, this.#replaces)
+    } else {
+      this.#handling = added(this.#handling, middleware as HandleMiddleware, this.#replaces)
+      for (const live of this.#live) live.runner.handler = this.#wired(live.handler)
+    }
+    return this
+  }
+
+  /** What the bridge calls for each event. */
+  #wired(handler: Handler): Handler {
+    const whole = this.#handling.length === 0 ? handler : around(this.#handling, handler)
+    return (event, context) => inside.run(this, whole, event, context)
   }
 
   /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
@@ -326,25 +397,54 @@ export class Bus<E extends object = AnyEvents> {
     handler: Handler,
     options: SubscribeOptions,
     onEnd?: () => void,
+    replaceable = true,
   ): Promise<Subscription> {
     const home = bridge()
-    const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    const text = optionsText(options, 'subscription')
+    const old = replaceable && this.#replaces ? this.#inTheWay(options.name as string) : undefined
+    if (old?.pattern === pattern && old.options === text) {
+      old.handler = handler
+      old.runner.handler = this.#wired(handler)
+      old.onEnd = onEnd
+      return await old.made
+    }
+    if (old !== undefined) {
+      await old.made.catch(() => undefined)
+      if (this.#live.has(old)) await run((key) => home.native.drain(key, old.runner.id, DRAIN_MS)).then(old.ended)
+    }
+    const runner = home.runner(options.name as string, this.#wired(handler))
     const live: Live = {
       runner,
+      handler,
+      pattern,
+      options: text,
+      replaceable,
+      made: undefined as never,
+      onEnd,
       holds: this.#held,
       ended: () => {
         if (!this.#live.delete(live)) return
         home.ended(runner)
         if (live.holds) home.release()
-        onEnd?.()
+        live.onEnd?.()
       },
     }
     this.#live.add(live)
     if (live.holds) home.hold()
+    live.made = this.#make(live, text)
+    return await live.made
+  }
+
+  /** The subscription that has this name, or is being made, and may lose it. */
+  #inTheWay(name: string): Live | undefined {
+    return [...this.#live].find(({ runner, replaceable }) => replaceable && runner.name === name)
+  }
+
+  async #make(live: Live, options: string): Promise<Subscription> {
+    const home = bridge()
+    const { runner, pattern } = live
     try {
-      const facts = JSON.parse(
-        await run((key) => this.#native.subscribe(key, runner.id, pattern, optionsText(options, 'subscription'))),
-      )
+      const facts = JSON.parse(await run((key) => this.#native.subscribe(key, runner.id, pattern, options)))
       runner.group = facts.group
       runner.timeoutMs = facts.timeoutMs
       return new Subscription(facts, {
@@ -382,6 +482,21 @@ export class Bus<E extends object = AnyEvents> {
   ): Promise<Receipt>
   async publish(first: string | Event, second?: unknown, meta?: MetaInput, options?: PublishOptions): Promise<Receipt> {
     if (this.#late.size > 0) await Promise.all(this.#late)
+    if (this.#publishing.length > 0) {
+      const given = Event.isEvent(first)
+      const event = given ? first : Event.create(first, second, meta)
+      const schedule = given ? (second as PublishOptions | undefined) : options
+      return await publishThrough(this.#publishing, event, (event) => this.#publish(event, schedule))
+    }
+    return await this.#publish(first, second, meta, options)
+  }
+
+  async #publish(
+    first: string | Event,
+    second?: unknown,
+    meta?: MetaInput,
+    options?: PublishOptions,
+  ): Promise<Receipt> {
     const batch = Batch.empty()
     let schedule = ''
     if (!Event.isEvent(first)) {
@@ -399,16 +514,36 @@ export class Bus<E extends object = AnyEvents> {
 
   /**
    * Stores all events, in order, or none: the error's `failures` say which were not accepted and why.
+   *
+   * Publish middleware runs for each of them, for all at the same time; then all are stored together.
    */
   async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {
     if (!Array.isArray(events)) throw new InvalidEvent('publishMany takes an array of events')
     if (this.#late.size > 0) await Promise.all(this.#late)
     if (this.#sync) {
       const receipts = []
-      for (const event of events) receipts.push(await this.#handle(Batch.of([event])))
+      for (const event of events) receipts.push(await this.#handleThrough(event))
       return receipts
     }
+    if (this.#publishing.length > 0) return await this.#publishManyThrough(events)
     return events.length === 0 ? [] : JSON.parse(await this.#send(Batch.of(events)))
+  }
+
+  async #handleThrough(event: Event | Draft): Promise<Receipt> {
+    if (this.#publishing.length === 0) return await this.#handle(Batch.of([event]))
+    const [made] = eventsOf([event]).events as [Event]
+    return await publishThrough(this.#publishing, made, (event) => this.#handle(Batch.of([event])))
+  }
+
+  async #publishManyThrough(given: readonly (Event | Draft)[]): Promise<Receipt[]> {
+    const { events, schedules } = eventsOf(given)
+    return await publishManyThrough(this.#publishing, events, async (going, indexes) => {
+      const batch = Batch.empty()
+      going.forEach((event, at) => {
+        batch.addEvent(event, schedules[indexes[at] as number] as string)
+      })
+      return JSON.parse(await this.#send(batch))
+    })
   }
 
   #send(batch: Batch): Promise<string> {
@@ -441,7 +576,7 @@ export class Bus<E extends object = AnyEvents> {
   events(pattern: string, given: EventsOptions = {}): Events {
     const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
-      this.#subscribe(pattern, handler, checked.options, () => events.end()),
+      this.#subscribe(pattern, handler, checked.options, () => events.end(), false),
     )
     return events
   }

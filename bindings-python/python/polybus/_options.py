@@ -55,6 +55,8 @@ class BusOptions(TypedDict, total=False):
     """Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1."""
     allow_network_fs: bool
     """Open a file on a network file system, which may break its locks. Default false."""
+    on_duplicate: Literal["error", "replace"]
+    """What a second handler of the same name does. Default ``error``; ``replace`` at a prompt or reloading server."""
     logger: logging.Logger | logging.LoggerAdapter[Any]
     """Where to log. Default ``logging.getLogger("polybus")``."""
 

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from polybus import _native
+from polybus import _middleware, _native
 
 if TYPE_CHECKING:
     from polybus._handlers import LoopHandler
@@ -213,6 +213,7 @@ def _after_fork() -> None:
     _leaked.extend(found() for found in _bridges.values())
     _bridges.clear()
     _leaked.extend(bus._forget_process() for bus in _live())
+    _leaked.append(_middleware.forget_own_loop())
 
 
 def _at_exit() -> None:
@@ -220,6 +221,7 @@ def _at_exit() -> None:
     deadline = time.monotonic() + 0.25
     for bus in _live():
         bus._close_at_exit(max(0.0, deadline - time.monotonic()))
+    _middleware.end_own_loop()
     drain_logs()
 
 
