@@ -21,6 +21,7 @@ async def main(url: str, bus_name: str) -> None:
     async with bus:
         tell({"ready": True})
         subscriptions = []
+        spans: Any = None
         while line := await reader.readline():
             command = json.loads(line)
             match command["do"]:
@@ -40,6 +41,11 @@ async def main(url: str, bus_name: str) -> None:
                         )
                     )
                     tell({"subscribed": command["name"]})
+                case "trace":
+                    spans = traced(bus)
+                    tell({"tracing": True})
+                case "spans":
+                    tell({"spans": [json.loads(span.to_json()) for span in spans.get_finished_spans()]})
                 case "unsubscribe":
                     for subscription in subscriptions:
                         await subscription.unsubscribe()
@@ -48,6 +54,19 @@ async def main(url: str, bus_name: str) -> None:
                     tell({"dead": [described(letter) for letter in await bus.dead_letters.list(limit=100)]})
                 case "replay":
                     tell({"replayed": await bus.dead_letters.replay({})})
+
+
+def traced(bus: Bus) -> Any:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from polybus.opentelemetry import instrument
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    instrument(bus, provider)
+    return exporter
 
 
 def snake(name: str) -> str:
