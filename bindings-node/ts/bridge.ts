@@ -119,6 +119,8 @@ export class Bridge {
   #level = 'warn'
   /** Buses that modules share, by what names them; see {@link Bus.shared}. */
   readonly shared = new Map<string, unknown>()
+  /** Ends what {@link closeOnSignals} began, by bus. */
+  readonly closers = new WeakMap<object, () => void>()
   #holds = 0
   #holder: NodeJS.Timeout | undefined
 

@@ -57,7 +57,7 @@ export interface BusOptions {
   failOpen?: boolean
   /** Largest payload, on publish and on consume. Default 1 MiB. */
   maxPayloadBytes?: number
-  /** Where log records go. Default `console`, warnings and errors. */
+  /** Where log records go: `console`, pino, winston and others fit. Default `console`, warnings and errors. */
   logger?: Logger
   /** Default policy of the subscriptions. */
   retry?: RetryPolicy
@@ -208,8 +208,11 @@ export class Bus<E extends object = AnyEvents> {
   }
 
   /** A bus from `POLYBUS_URL`, `POLYBUS_SERVICE` and `POLYBUS_<OPTION>`, such as `POLYBUS_LEASE_MS`. */
-  static fromEnv(): Bus {
-    return fromConfig(call(() => native.configFromEnv(environment())))
+  static fromEnv(given: { logger?: Logger } = {}): Bus {
+    return fromConfig(
+      call(() => native.configFromEnv(environment())),
+      given,
+    )
   }
 
   /**
@@ -219,10 +222,13 @@ export class Bus<E extends object = AnyEvents> {
    *
    * @throws InvalidConfig for a missing or malformed file, an unset variable, an unknown name.
    */
-  static fromConfig(pathOrObject: string | object): Bus {
-    if (typeof pathOrObject === 'string')
-      return fromConfig(call(() => native.configFromFile(pathOrObject, environment())))
-    return fromConfig(call(() => native.configFromObject(optionsText(pathOrObject, 'bus'), environment())))
+  static fromConfig(pathOrObject: string | object, given: { logger?: Logger } = {}): Bus {
+    const text = call(() =>
+      typeof pathOrObject === 'string'
+        ? native.configFromFile(pathOrObject, environment())
+        : native.configFromObject(optionsText(pathOrObject, 'bus'), environment()),
+    )
+    return fromConfig(text, given)
   }
 
   /**
@@ -484,19 +490,13 @@ export class Bus<E extends object = AnyEvents> {
     if (this.#late.size > 0) await Promise.all(this.#late)
     if (this.#publishing.length > 0) {
       const given = Event.isEvent(first)
+      if (!given && typeof first !== 'string') {
+        throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(first)}`)
+      }
       const event = given ? first : Event.create(first, second, meta)
       const schedule = given ? (second as PublishOptions | undefined) : options
       return await publishThrough(this.#publishing, event, (event) => this.#publish(event, schedule))
     }
-    return await this.#publish(first, second, meta, options)
-  }
-
-  async #publish(
-    first: string | Event,
-    second?: unknown,
-    meta?: MetaInput,
-    options?: PublishOptions,
-  ): Promise<Receipt> {
     const batch = Batch.empty()
     let schedule = ''
     if (!Event.isEvent(first)) {
@@ -510,6 +510,15 @@ export class Bus<E extends object = AnyEvents> {
     if (sync) return await this.#handle(batch)
     const [receipt] = JSON.parse(await this.#send(batch))
     return receipt
+  }
+
+  /** What {@link Bus.publish} does with an event, after its middleware. */
+  async #publish(event: Event, options?: PublishOptions): Promise<Receipt> {
+    const schedule = options === undefined ? '' : optionsText(options, 'publish')
+    const batch = Batch.empty()
+    batch.addEvent(event, schedule)
+    if (isSync(schedule, this.#sync)) return await this.#handle(batch)
+    return JSON.parse(await this.#send(batch))[0]
   }
 
   /**
@@ -660,9 +669,9 @@ async function handleNow(runner: Runner, event: Received): Promise<void> {
 const CONFIG = Symbol('config')
 
 /** A bus of what the core read. */
-function fromConfig(text: string): Bus {
+function fromConfig(text: string, given: { logger?: Logger }): Bus {
   const { url, options } = JSON.parse(text)
-  return new Bus(url ?? undefined, { [CONFIG]: options } as unknown as BusOptions)
+  return new Bus(url ?? undefined, { ...given, [CONFIG]: options } as unknown as BusOptions)
 }
 
 function environment(): string {

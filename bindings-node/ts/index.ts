@@ -49,6 +49,7 @@ export type {
   UseOptions,
 } from './middleware.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
+export { type CloseOnSignalsOptions, closeOnSignals } from './shutdown.js'
 export type {
   DrainTimeout,
   Events,

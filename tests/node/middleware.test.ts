@@ -142,6 +142,7 @@ test('around publish it may change the event, sees the receipt, and may keep the
     assert.equal(first, receipts[2])
     assert.equal(second?.position, undefined)
     await assert.rejects(bus.publish('a', 'refuse'), TypeError)
+    await assert.rejects(bus.publish(undefined as never), { code: 'invalid_event' })
     assert.equal((await bus.publish('a', 'keep back')).position, undefined)
     await bus.idle()
     assert.deepEqual(

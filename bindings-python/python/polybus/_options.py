@@ -5,13 +5,13 @@ Seconds are a number or a ``timedelta``.
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     from typing_extensions import Required
 
+    from polybus._log import AnyLogger
     from polybus._native import Aggregate, RetryPolicy
 
 Seconds = float | timedelta
@@ -57,8 +57,8 @@ class BusOptions(TypedDict, total=False):
     """Open a file on a network file system, which may break its locks. Default false."""
     on_duplicate: Literal["error", "replace"]
     """What a second handler of the same name does. Default ``error``; ``replace`` at a prompt or reloading server."""
-    logger: logging.Logger | logging.LoggerAdapter[Any]
-    """Where to log. Default ``logging.getLogger("polybus")``."""
+    logger: AnyLogger
+    """Where to log; also an object like structlog's. Default ``logging.getLogger("polybus")``."""
 
 
 class SubscribeOptions(TypedDict, total=False):

@@ -11,10 +11,9 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
-from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from polybus import _development, _handlers, _native, _runtime
+from polybus import _development, _handlers, _log, _native, _runtime
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
 from polybus._use import Uses
@@ -26,6 +25,7 @@ from polybus.subscription import Subscription
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from polybus._log import AnyLogger
     from polybus._options import BusOptions, MetaOptions, Mode, Seconds, SubscribeOptions
     from polybus.blocking import Blocking
 
@@ -50,10 +50,7 @@ class Bus(Uses):
 
     def __init__(self, url: str | None = None, **options: Unpack[BusOptions]) -> None:
         given: dict[str, Any] = dict(options)
-        logger: Any = given.pop("logger", None)
-        if not isinstance(logger, (logging.Logger, logging.LoggerAdapter, NoneType)):
-            raise InvalidConfig(f"logger is a {type(logger).__qualname__}; give a logging.Logger")
-        self.logger: logging.Logger | logging.LoggerAdapter[Any] = logger or logging.getLogger("polybus")
+        self.logger: AnyLogger = _log.check(given.pop("logger", None))
         address: Any = "memory://" if url is None else url
         if not isinstance(address, str):
             raise InvalidConfig(f"the URL is a {type(url).__qualname__}; write a str like 'sqlite:///events.db'")
@@ -77,26 +74,28 @@ class Bus(Uses):
         return old
 
     @classmethod
-    def from_env(cls) -> Self:
+    def from_env(cls, *, logger: AnyLogger | None = None) -> Self:
         """A bus from `POLYBUS_URL`, `POLYBUS_SERVICE` and `POLYBUS_<OPTION>` for every other option."""
-        return cls._from(_native.options_from_env(dict(os.environ)))
+        return cls._from(_native.options_from_env(dict(os.environ)), logger)
 
     @classmethod
-    def from_config(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
+    def from_config(
+        cls, config: str | os.PathLike[str] | Mapping[str, Any], *, logger: AnyLogger | None = None
+    ) -> Self:
         """A bus from a JSON or YAML file, or from a dict of the same shape.
 
         Names are those of the keyword arguments, and `url`; `${VAR}` and `${VAR:-default}` take environment variables.
         `InvalidConfig` for a missing or malformed file, an unset variable, an unknown name.
         """
         if isinstance(config, Mapping):
-            return cls._from(_native.options_from_dict(dict(config), dict(os.environ)))
-        return cls._from(_native.options_from_file(os.fspath(config), dict(os.environ)))
+            return cls._from(_native.options_from_dict(dict(config), dict(os.environ)), logger)
+        return cls._from(_native.options_from_file(os.fspath(config), dict(os.environ)), logger)
 
     @classmethod
-    def _from(cls, found: tuple[str | None, str]) -> Self:
+    def _from(cls, found: tuple[str | None, str], logger: AnyLogger | None) -> Self:
         bus = cls.__new__(cls)
         url, options = found
-        bus.logger = logging.getLogger("polybus")
+        bus.logger = _log.check(logger)
         bus._set_up(_native.NativeBus.from_json("memory://" if url is None else url, options))
         return bus
 
@@ -379,8 +378,8 @@ class Bus(Uses):
     async def _subscribe_late(self, pattern: str, handler: Handler, options: dict[str, Any]) -> None:
         try:
             await self._subscribe(pattern, handler, options)
-        except Exception:
-            self.logger.exception("%s is not subscribed to %s", options["name"], pattern)
+        except Exception as error:
+            _log.write(self.logger, logging.ERROR, f"{options['name']} is not subscribed to {pattern}", error)
 
     async def subscribe(
         self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
