@@ -4,22 +4,14 @@
  * @module
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { clearTimeout, setTimeout } from 'node:timers'
 import { Batch, type Draft, eventsOf, type PublishOptions } from './batch.js'
-import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
+import { bridge, type Handler, type Logger, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
 import { reloads } from './development.js'
-import {
-  call,
-  DuplicateSubscription,
-  HandlerError,
-  HandlerTimeout,
-  InvalidConfig,
-  InvalidEvent,
-  Unsupported,
-} from './errors.js'
-import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered } from './event.js'
+import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
+import { type Cut, Event, type MetaInput, uncut, uncutDelivered } from './event.js'
 import { describe, describeValue, optionsText } from './json.js'
+import type { Live, Registration } from './live.js'
 import {
   added,
   around,
@@ -32,14 +24,11 @@ import {
 } from './middleware.js'
 import { native } from './native.js'
 import type { RetryPolicy } from './retry.js'
-import {
-  DRAIN_MS,
-  Events,
-  type EventsOptions,
-  type SubscribeOptions,
-  Subscription,
-  type SubscriptionStats,
-} from './subscription.js'
+import { DRAIN_MS, Events, type EventsOptions, type SubscribeOptions, Subscription } from './subscription.js'
+import { handleNow, isSync } from './sync.js'
+import type { BusStats, Guarantees, Receipt } from './views.js'
+
+export type { BusStats, Guarantees, Receipt } from './views.js'
 
 /** Options of a bus. Durations are in milliseconds. */
 export interface BusOptions {
@@ -83,43 +72,6 @@ export interface BusOptions {
   onDuplicate?: 'error' | 'replace'
 }
 
-/** Says that an event was accepted. */
-export interface Receipt {
-  /** The event's id. */
-  readonly id: string
-  /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
-  readonly position?: string
-}
-
-/** What holds on the live store, as measured. */
-export interface Guarantees {
-  readonly transport: string
-  readonly delivery: 'at-least-once' | 'at-most-once'
-  /** What a confirmed publish survives: nothing, any process but the server, any killed process, power loss. */
-  readonly durability: 'none' | 'memory' | 'process' | 'disk'
-  readonly ordering: string
-  readonly details: Readonly<Record<string, string>>
-  /** Settings that weaken the promise, each with what to do. */
-  readonly warnings: readonly string[]
-  readonly capabilities: {
-    readonly durable: boolean
-    readonly crossProcess: boolean
-    readonly ack: boolean
-    readonly delayedRetry: boolean
-    readonly delayedPublish: boolean
-    readonly deadLetters: boolean
-    readonly startPosition: boolean
-    readonly broadcast: boolean
-  }
-}
-
-/** The numbers of a bus in this process, and of its subscriptions' groups. */
-export interface BusStats {
-  readonly published: number
-  readonly publishFailed: number
-  readonly subscriptions: readonly SubscriptionStats[]
-}
-
 /** Payload types by event type; by default any payload under any type. */
 export type AnyEvents = Record<string, any>
 /** The types of a map of events. */
@@ -127,30 +79,6 @@ export type TypeOf<E> = Extract<keyof E, string>
 
 /** A runtime that lacks the symbol cannot say `await using`, but what compilers make of it finds this one. */
 const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
-
-interface Registration {
-  pattern: string
-  handler: Handler
-  options: SubscribeOptions
-  name: string
-  subscribed: Promise<unknown> | undefined
-}
-
-/** A subscription that runs, or is being made. */
-interface Live {
-  readonly runner: Runner
-  /** As given, without middleware. */
-  handler: Handler
-  readonly pattern: string
-  readonly options: string
-  /** Another handler of that name may take its place. */
-  readonly replaceable: boolean
-  made: Promise<Subscription>
-  onEnd: (() => void) | undefined
-  /** Whether it keeps the process alive. */
-  holds: boolean
-  ended(): void
-}
 
 /** The bound object of a bus, for the test kit. */
 export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
@@ -407,16 +335,18 @@ export class Bus<E extends object = AnyEvents> {
   ): Promise<Subscription> {
     const home = bridge()
     const text = optionsText(options, 'subscription')
-    const old = replaceable && this.#replaces ? this.#inTheWay(options.name as string) : undefined
-    if (old?.pattern === pattern && old.options === text) {
-      old.handler = handler
-      old.runner.handler = this.#wired(handler)
-      old.onEnd = onEnd
-      return await old.made
-    }
-    if (old !== undefined) {
-      await old.made.catch(() => undefined)
-      if (this.#live.has(old)) await run((key) => home.native.drain(key, old.runner.id, DRAIN_MS)).then(old.ended)
+    // Again after each wait: others may have wanted the name meanwhile, and the last one gets it.
+    const inTheWay = () => (replaceable ? this.#inTheWay(options.name as string) : undefined)
+    for (let old = inTheWay(); old !== undefined; old = inTheWay()) {
+      const { made, ended, runner } = old
+      if (old.pattern === pattern && old.options === text) {
+        old.handler = handler
+        runner.handler = this.#wired(handler)
+        old.onEnd = onEnd
+        return await made
+      }
+      await made.catch(() => undefined)
+      if (this.#live.has(old)) await run((key) => home.native.drain(key, runner.id, DRAIN_MS)).then(ended)
     }
     const runner = home.runner(options.name as string, this.#wired(handler))
     const live: Live = {
@@ -443,6 +373,7 @@ export class Bus<E extends object = AnyEvents> {
 
   /** The subscription that has this name, or is being made, and may lose it. */
   #inTheWay(name: string): Live | undefined {
+    if (!this.#replaces) return undefined
     return [...this.#live].find(({ runner, replaceable }) => replaceable && runner.name === name)
   }
 
@@ -640,32 +571,6 @@ function dispose(this: Bus): Promise<void> {
   return this.close()
 }
 
-/** Runs one handler of a synchronous publish, for as long as its timeout allows. */
-async function handleNow(runner: Runner, event: Received): Promise<void> {
-  const context = new Context(runner, 0)
-  const { timeoutMs, name } = runner
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<never>((_, reject) => {
-    if (timeoutMs === null) return
-    timer = setTimeout(() => {
-      abort(context, 0)
-      reject(new HandlerTimeout(`handler ${name} ran longer than ${timeoutMs} ms; later handlers were not run`))
-    }, timeoutMs)
-  })
-  const handled = (async () => {
-    try {
-      await runner.handler(event, context)
-    } catch (cause) {
-      throw new HandlerError(`handler ${name} failed on ${event.type}: ${describe(cause)}`, { cause })
-    }
-  })()
-  try {
-    await (timeoutMs === null ? handled : Promise.race([handled, late]))
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
 const CONFIG = Symbol('config')
 
 /** A bus of what the core read. */
@@ -676,16 +581,6 @@ function fromConfig(text: string, given: { logger?: Logger }): Bus {
 
 function environment(): string {
   return JSON.stringify(process.env)
-}
-
-/** What the options of a publish say about its mode. */
-function isSync(schedule: string, otherwise: boolean): boolean {
-  if (schedule === '') return otherwise
-  const sync = call(() => native.checkPublishOptions(schedule)) ?? otherwise
-  if (sync && /"(delay|expiresIn)Ms":/.test(schedule)) {
-    throw new Unsupported('a synchronous publish runs the handlers now: leave out delayMs and expiresInMs')
-  }
-  return sync
 }
 
 function checkTimeout(timeoutMs: unknown): void {

@@ -6,10 +6,10 @@
  * @module
  */
 import type { Handler, HandlerContext } from './bridge.js'
-import type { Receipt } from './bus.js'
 import { InvalidConfig } from './errors.js'
 import type { Event, Received } from './event.js'
 import { describeValue } from './json.js'
+import type { Receipt } from './views.js'
 
 /** Runs the rest, and resolves to what it returns; with an argument, the rest gets that event instead. */
 export type HandleNext = (event?: Received) => Promise<unknown>

@@ -108,6 +108,21 @@ test('when more than the handler changed, the old one is drained first', async (
   }
 })
 
+test('of many at once the last one has the name', async () => {
+  await using bus = await new Bus('memory://', { service: 'shop', onDuplicate: 'replace' }).start()
+  const seen: number[] = []
+  const done = until()
+  for (let number = 1; number < 6; number++) {
+    bus.on('a', { name: 'h', concurrency: number }, () => {
+      seen.push(number)
+      done.resolve()
+    })
+  }
+  await bus.publish('a', 1)
+  await done.promise
+  assert.deepEqual(seen, [5])
+})
+
 test('by default it is an error', async () => {
   await using bus = await new Bus('memory://', { service: 'shop' }).start()
   const again = () => bus.on('a', { name: 'h' }, () => {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import subprocess
 import sys
@@ -109,6 +110,22 @@ async def test_the_same_subscription_goes_on() -> None:
         assert await bus.subscribe("a", repr, name="h") is first
         bus.on("a", name="h")(str)
         assert bus.subscriptions == [first]
+
+
+async def test_of_many_at_once_the_last_one_has_the_name() -> None:
+    async with Bus("memory://", service="shop", on_duplicate="replace") as bus:
+        seen: list[Any] = []
+        done = asyncio.Event()
+
+        async def handle(number: int, event: Event[Any]) -> None:
+            seen.append(number)
+            done.set()
+
+        for number in range(1, 6):
+            bus.on("a", name="h", concurrency=number)(functools.partial(handle, number))
+        await bus.publish("a")
+        await asyncio.wait_for(done.wait(), 10)
+        assert seen == [5]
 
 
 async def test_by_default_it_is_an_error() -> None:

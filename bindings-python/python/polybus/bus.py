@@ -348,7 +348,7 @@ class Bus(Uses):
                     asyncio.get_running_loop()
                 except RuntimeError:
                     return handler  # the next start() finds it
-                task = asyncio.ensure_future(self._subscribe_late(*entry))
+                task = asyncio.ensure_future(self._subscribe_late(*entry, after=set(self._late)))
                 self._late.add(task)
                 task.add_done_callback(self._late.discard)
             return handler
@@ -375,8 +375,12 @@ class Bus(Uses):
         name, concurrency = self._native.check_subscription(pattern, options)
         return checked, options, name, concurrency
 
-    async def _subscribe_late(self, pattern: str, handler: Handler, options: dict[str, Any]) -> None:
+    async def _subscribe_late(
+        self, pattern: str, handler: Handler, options: dict[str, Any], after: set[asyncio.Task[None]]
+    ) -> None:
         try:
+            if self._replaces and after:
+                await asyncio.wait(after)  # the last handler of a name is to have it
             await self._subscribe(pattern, handler, options)
         except Exception as error:
             _log.write(self.logger, logging.ERROR, f"{options['name']} is not subscribed to {pattern}", error)
