@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,15 +60,31 @@ for event in bus.blocking.events("x", name="x"):
 """
 
 
+Begin = Callable[[float, str], Program]
+
+
 @pytest.fixture
 def url(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TEST_BUS", store.name)
     return store.url
 
 
-def working(url: str, store: Store, drain: float, kind: str) -> Program:
-    worker = Program(WORKER, url, str(drain), kind, stdin=True)
-    # Published before and after it subscribes, whichever comes first: it begins with the first one.
+@pytest.fixture
+def begin(url: str, store: Store) -> Iterator[Begin]:
+    """Starts a worker whose handler runs."""
+    workers = []
+
+    def begin(drain: float, kind: str) -> Program:
+        workers.append(Program(WORKER, url, str(drain), kind, stdin=True))
+        return working(workers[-1], store)
+
+    yield begin
+    for worker in workers:
+        worker.process.kill()  # nothing happens if it has ended
+        worker.process.communicate()
+
+
+def working(worker: Program, store: Store) -> Program:
     with store.bus(lease=30.0).blocking as bus:
         bus.subscribe("x", print, name="x").unsubscribe()  # the group is there
         bus.publish("x", "first")
@@ -79,8 +95,8 @@ def working(url: str, store: Store, drain: float, kind: str) -> Program:
 @pytest.mark.every_transport
 @pytest.mark.parametrize("kind", ["async", "plain"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_handler_that_ends_in_time_is_done(url: str, store: Store, kind: str, number: signal.Signals) -> None:
-    worker = working(url, store, 60, kind)
+def test_a_handler_that_ends_in_time_is_done(url: str, begin: Begin, kind: str, number: signal.Signals) -> None:
+    worker = begin(60, kind)
     worker.process.send_signal(number)
     assert worker.line() == "closing"
     worker.tell("go on")
@@ -92,8 +108,8 @@ def test_a_handler_that_ends_in_time_is_done(url: str, store: Store, kind: str, 
 
 @pytest.mark.every_transport
 @pytest.mark.parametrize("kind", ["async", "plain"])
-def test_one_that_does_not_is_handed_back_and_its_attempt_does_not_count(url: str, store: Store, kind: str) -> None:
-    worker = working(url, store, 0.05, kind)
+def test_one_that_does_not_is_handed_back_and_its_attempt_does_not_count(url: str, begin: Begin, kind: str) -> None:
+    worker = begin(0.05, kind)
     worker.process.send_signal(signal.SIGTERM)
     assert worker.line() == "closing"
     assert worker.line() == "closed True"
@@ -103,8 +119,8 @@ def test_one_that_does_not_is_handed_back_and_its_attempt_does_not_count(url: st
 
 @pytest.mark.every_transport
 @pytest.mark.parametrize("kind", ["async", "plain"])
-def test_a_second_signal_hands_back_at_once(url: str, store: Store, kind: str) -> None:
-    worker = working(url, store, 3600, kind)
+def test_a_second_signal_hands_back_at_once(url: str, begin: Begin, kind: str) -> None:
+    worker = begin(3600, kind)
     worker.process.send_signal(signal.SIGTERM)
     assert worker.line() == "closing"
     worker.process.send_signal(signal.SIGINT)
