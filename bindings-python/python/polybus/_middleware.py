@@ -7,6 +7,7 @@ nothing is awaited more. Middleware are coroutines: around a plain function they
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import queue
@@ -26,6 +27,7 @@ Around = tuple[Middleware, ...]
 
 if TYPE_CHECKING:
     Tasks = set[asyncio.Task[None]]
+    Turns = queue.SimpleQueue["tuple[contextvars.Context, Any, asyncio.Future[Any]] | _Ended"]
 
 
 class LoopGone(Exception):
@@ -130,7 +132,7 @@ async def publish_many(around: Around, events: Sequence[Event[Any]], send_all: S
     try:
         if tasks:
             await ready
-        await _raise_first(task for task in tasks if task.done())
+        _raise_first(task for task in tasks if task.done())
         order = sorted(arrived)
         sent = True
         try:
@@ -145,7 +147,7 @@ async def publish_many(around: Around, events: Sequence[Event[Any]], send_all: S
                 arrived[index][1].set_result(receipt)
         if tasks:
             await asyncio.wait(tasks)
-        await _raise_first(tasks)
+        _raise_first(tasks)
         return [task.result() for task in tasks]
     finally:
         for task in tasks:
@@ -153,7 +155,7 @@ async def publish_many(around: Around, events: Sequence[Event[Any]], send_all: S
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _raise_first(tasks: Any) -> None:
+def _raise_first(tasks: Iterable[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.result()
 
@@ -185,7 +187,7 @@ def from_thread(
 
     `call` runs in the context of the chain, so it sees the context variables that middleware set.
     """
-    turns: queue.SimpleQueue[tuple[contextvars.Context, Any, asyncio.Future[Any]] | _Ended] = queue.SimpleQueue()
+    turns: Turns = queue.SimpleQueue()
 
     async def innermost(argument: Any) -> Any:
         future: asyncio.Future[Any] = loop.create_future()
@@ -205,6 +207,15 @@ def from_thread(
 
     tasks: Tasks = set()
     _call_soon(loop, lambda: tasks.add(loop.create_task(run())))
+    try:
+        return _take_turns(loop, turns, call)
+    except BaseException:  # Ctrl-C, say: nobody waits for the rest
+        with contextlib.suppress(LoopGone):
+            _call_soon(loop, lambda: [task.cancel() for task in tasks])
+        raise
+
+
+def _take_turns(loop: asyncio.AbstractEventLoop, turns: Turns, call: Callable[[Any], Any]) -> Any:
     while True:
         try:
             turn = turns.get(timeout=1.0)
