@@ -53,6 +53,8 @@ export declare class NativeBus {
   get service(): string
   /** Whether `publish` runs the handlers of this process itself, unless told otherwise. */
   get isSync(): boolean
+  /** Whether a second handler of the same name takes the place of the first, if the options say. */
+  get replaces(): boolean | null
   /** Whether it was closed. */
   get isClosed(): boolean
   start(key: number): string | null
@@ -131,3 +133,9 @@ export declare function retryDelay(policy: string, attempt: number, random: numb
 
 /** The version of the Rust core under this package. */
 export declare function version(): string
+
+/**
+ * The event with the wire form `wire` and other members of `meta` (a JSON object): `[wire form, payload length, meta
+ * length]` as JSON.
+ */
+export declare function withMeta(wire: string, meta: string): string

@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version } = nativeBinding
+const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
 export { Bridge }
 export { NativeBus }
 export { checkPublishOptions }
@@ -789,4 +789,5 @@ export { matches }
 export { newIds }
 export { retryDelay }
 export { version }
+export { withMeta }
 export const __napiBindingTarget = __napiLoadedBindingTarget

@@ -14,7 +14,7 @@ use napi::bindgen_prelude::{Float64ArraySlice, Uint8ArraySlice};
 use napi_derive::napi;
 use polybus_core::dead_letter::DeadLetter;
 use polybus_core::error::{Error, Result};
-use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming, PublishOptions};
+use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming, OnDuplicate, PublishOptions};
 use polybus_core::subscription::Counters;
 use polybus_core::transport::{GroupStats, Outgoing, Receipt};
 use polybus_core::{Bus, Subscription, metrics, process};
@@ -77,6 +77,12 @@ impl NativeBus {
     #[napi(getter)]
     pub fn is_sync(&self) -> bool {
         self.bus.options().mode == Mode::Sync
+    }
+
+    /// Whether a second handler of the same name takes the place of the first, if the options say.
+    #[napi(getter)]
+    pub fn replaces(&self) -> Option<bool> {
+        self.bus.options().on_duplicate.map(|choice| choice == OnDuplicate::Replace)
     }
 
     /// Whether it was closed.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use polybus_core::bus::{child_event, new_event};
+use polybus_core::bus::{self, child_event, new_event};
 use polybus_core::codec::{self, Layout};
 use polybus_core::error::{Error, Result};
 use polybus_core::options::PublishOptions;
@@ -107,6 +107,14 @@ pub fn create_child(parent: String, event_type: String, payload: String, meta: S
         wire(&child_event(&parent, &event_type, payload.into(), meta, usize::MAX)?)
     };
     child().map_err(throw)
+}
+
+/// The event with the wire form `wire` and other members of `meta` (a JSON object): `[wire form, payload length, meta
+/// length]` as JSON.
+#[napi_derive::napi]
+pub fn with_meta(wire: String, meta: String) -> napi::Result<String> {
+    let event = codec::decode(&wire.into(), usize::MAX).and_then(|event| bus::with_meta(&event, meta.as_bytes()));
+    Ok(value(&event.map_err(throw)?).to_string())
 }
 
 /// Checks a wire form; `[canonical wire form, payload length, meta length]` as JSON.

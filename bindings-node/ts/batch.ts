@@ -34,6 +34,28 @@ const KEPT_BYTES = 4 << 20
 /** The batch that the next publish may use: making its buffers anew would cost more than filling them. */
 let spare: Batch | undefined
 
+/**
+ * Drafts as events, and what they say about time.
+ *
+ * @throws InvalidEvent, which lists those that are not valid.
+ */
+export function eventsOf(given: readonly (Event | Draft)[]): { events: Event[]; schedules: string[] } {
+  Batch.of(given).release() // for its errors, all at once
+  const events: Event[] = []
+  const schedules: string[] = []
+  for (const one of given) {
+    if (Event.isEvent(one)) {
+      events.push(one)
+      schedules.push('')
+      continue
+    }
+    const { type, payload, meta, ...options } = one
+    events.push(Event.create(type, payload, meta))
+    schedules.push(Object.keys(options).length > 0 ? optionsText(options, 'publish') : '')
+  }
+  return { events, schedules }
+}
+
 /** Events to publish. */
 export class Batch {
   bytes = Buffer.allocUnsafeSlow(16 << 10)

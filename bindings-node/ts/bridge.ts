@@ -47,7 +47,7 @@ export interface Logger {
 }
 
 /** Thrown by our own handlers to hand a delivery back. */
-export const HAND_BACK = Symbol('hand back')
+export const HAND_BACK = Symbol.for('polybus.handBack')
 
 /** Aborts a context's signal. */
 export let abort: (context: Context, reason: number) => void
@@ -95,7 +95,7 @@ export class Runner {
   constructor(
     readonly id: number,
     readonly name: string,
-    readonly handler: Handler,
+    public handler: Handler,
   ) {}
 }
 
@@ -117,6 +117,10 @@ export class Bridge {
   #lastRunner = 0
   readonly #loggers = new Map<object, Logger>()
   #level = 'warn'
+  /** Buses that modules share, by what names them; see {@link Bus.shared}. */
+  readonly shared = new Map<string, unknown>()
+  /** Ends what {@link closeOnSignals} began, by bus. */
+  readonly closers = new WeakMap<object, () => void>()
   #holds = 0
   #holder: NodeJS.Timeout | undefined
 

@@ -4,31 +4,31 @@
  * @module
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { clearTimeout, setTimeout } from 'node:timers'
-import { Batch, type Draft, type PublishOptions } from './batch.js'
-import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
+import { Batch, type Draft, eventsOf, type PublishOptions } from './batch.js'
+import { bridge, type Handler, type Logger, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
-import {
-  call,
-  DuplicateSubscription,
-  HandlerError,
-  HandlerTimeout,
-  InvalidConfig,
-  InvalidEvent,
-  Unsupported,
-} from './errors.js'
-import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered } from './event.js'
+import { reloads } from './development.js'
+import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
+import { type Cut, Event, type MetaInput, uncut, uncutDelivered } from './event.js'
 import { describe, describeValue, optionsText } from './json.js'
+import type { Live, Registration } from './live.js'
+import {
+  added,
+  around,
+  checkMiddleware,
+  type HandleMiddleware,
+  type PublishMiddleware,
+  publishManyThrough,
+  publishThrough,
+  type UseOptions,
+} from './middleware.js'
 import { native } from './native.js'
 import type { RetryPolicy } from './retry.js'
-import {
-  DRAIN_MS,
-  Events,
-  type EventsOptions,
-  type SubscribeOptions,
-  Subscription,
-  type SubscriptionStats,
-} from './subscription.js'
+import { DRAIN_MS, Events, type EventsOptions, type SubscribeOptions, Subscription } from './subscription.js'
+import { handleNow, isSync } from './sync.js'
+import type { BusStats, Guarantees, Receipt } from './views.js'
+
+export type { BusStats, Guarantees, Receipt } from './views.js'
 
 /** Options of a bus. Durations are in milliseconds. */
 export interface BusOptions {
@@ -46,7 +46,7 @@ export interface BusOptions {
   failOpen?: boolean
   /** Largest payload, on publish and on consume. Default 1 MiB. */
   maxPayloadBytes?: number
-  /** Where log records go. Default `console`, warnings and errors. */
+  /** Where log records go: `console`, pino, winston and others fit. Default `console`, warnings and errors. */
   logger?: Logger
   /** Default policy of the subscriptions. */
   retry?: RetryPolicy
@@ -68,44 +68,8 @@ export interface BusOptions {
   partitions?: number
   /** Open a file on a network file system. Default false. */
   allowNetworkFs?: boolean
-}
-
-/** Says that an event was accepted. */
-export interface Receipt {
-  /** The event's id. */
-  readonly id: string
-  /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
-  readonly position?: string
-}
-
-/** What holds on the live store, as measured. */
-export interface Guarantees {
-  readonly transport: string
-  readonly delivery: 'at-least-once' | 'at-most-once'
-  /** What a confirmed publish survives: nothing, any process but the server, any killed process, power loss. */
-  readonly durability: 'none' | 'memory' | 'process' | 'disk'
-  readonly ordering: string
-  readonly details: Readonly<Record<string, string>>
-  /** Settings that weaken the promise, each with what to do. */
-  readonly warnings: readonly string[]
-  readonly capabilities: {
-    readonly durable: boolean
-    readonly crossProcess: boolean
-    readonly ack: boolean
-    readonly delayedRetry: boolean
-    readonly delayedPublish: boolean
-    readonly deadLetters: boolean
-    readonly startPosition: boolean
-    readonly broadcast: boolean
-    readonly ordered: boolean
-  }
-}
-
-/** The numbers of a bus in this process, and of its subscriptions' groups. */
-export interface BusStats {
-  readonly published: number
-  readonly publishFailed: number
-  readonly subscriptions: readonly SubscriptionStats[]
+  /** What a second handler of the same name does. Default `error`; `replace` under `node --watch`, Next.js's and Vite's dev servers. */
+  onDuplicate?: 'error' | 'replace'
 }
 
 /** Payload types by event type; by default any payload under any type. */
@@ -115,22 +79,6 @@ export type TypeOf<E> = Extract<keyof E, string>
 
 /** A runtime that lacks the symbol cannot say `await using`, but what compilers make of it finds this one. */
 const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
-
-interface Registration {
-  pattern: string
-  handler: Handler
-  options: SubscribeOptions
-  name: string
-  subscribed: Promise<unknown> | undefined
-}
-
-/** A subscription that runs, or is being made. */
-interface Live {
-  readonly runner: Runner
-  /** Whether it keeps the process alive. */
-  holds: boolean
-  ended(): void
-}
 
 /** The bound object of a bus, for the test kit. */
 export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
@@ -148,10 +96,13 @@ export class Bus<E extends object = AnyEvents> {
   readonly #native: InstanceType<typeof native.NativeBus>
   readonly #sync: boolean
   readonly #logger: Logger | undefined
+  readonly #replaces: boolean
   readonly #registered: Registration[] = []
   /** Subscriptions that {@link Bus.on} makes on a running bus; publish waits for them. */
   readonly #late = new Set<Promise<unknown>>()
   readonly #live = new Set<Live>()
+  #handling: readonly HandleMiddleware[] = []
+  #publishing: readonly PublishMiddleware[] = []
   #running = false
   #held = true
   /** Dead letters: list, get, replay, purge, count. */
@@ -180,12 +131,16 @@ export class Bus<E extends object = AnyEvents> {
     this.#logger = logger
     if (logger !== undefined) bridge().setLogger(this, logger)
     this.#sync = this.#native.isSync
+    this.#replaces = this.#native.replaces ?? reloads()
     this.deadLetters = new DeadLetters((what, query) => run((key) => this.#native[what](key, query)))
   }
 
   /** A bus from `POLYBUS_URL`, `POLYBUS_SERVICE` and `POLYBUS_<OPTION>`, such as `POLYBUS_LEASE_MS`. */
-  static fromEnv(): Bus {
-    return fromConfig(call(() => native.configFromEnv(environment())))
+  static fromEnv(given: { logger?: Logger } = {}): Bus {
+    return fromConfig(
+      call(() => native.configFromEnv(environment())),
+      given,
+    )
   }
 
   /**
@@ -195,10 +150,30 @@ export class Bus<E extends object = AnyEvents> {
    *
    * @throws InvalidConfig for a missing or malformed file, an unset variable, an unknown name.
    */
-  static fromConfig(pathOrObject: string | object): Bus {
-    if (typeof pathOrObject === 'string')
-      return fromConfig(call(() => native.configFromFile(pathOrObject, environment())))
-    return fromConfig(call(() => native.configFromObject(optionsText(pathOrObject, 'bus'), environment())))
+  static fromConfig(pathOrObject: string | object, given: { logger?: Logger } = {}): Bus {
+    const text = call(() =>
+      typeof pathOrObject === 'string'
+        ? native.configFromFile(pathOrObject, environment())
+        : native.configFromObject(optionsText(pathOrObject, 'bus'), environment()),
+    )
+    return fromConfig(text, given)
+  }
+
+  /**
+   * The bus of this process for that URL, bus name and service: made by the first call, found by later ones, also by
+   * those of a module that is evaluated again. The options of the first call hold.
+   *
+   * A second `new Bus` in such a module would leave the first one's handlers running.
+   */
+  static shared<E extends object = AnyEvents>(url?: string, options?: BusOptions): Bus<E> {
+    const { shared } = bridge()
+    const key = JSON.stringify([url, options?.bus, options?.service])
+    let found = shared.get(key) as Bus<E> | undefined
+    if (found === undefined) {
+      found = new Bus<E>(url, options)
+      shared.set(key, found)
+    }
+    return found
   }
 
   /** The URL without its password. */
@@ -266,10 +241,14 @@ export class Bus<E extends object = AnyEvents> {
       typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
     const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
     const { name } = registration
-    if (this.#registered.some((other) => other.name === name)) {
-      throw new DuplicateSubscription(`this bus has a handler named ${JSON.stringify(name)}; pass another name`)
+    const at = this.#registered.findIndex((other) => other.name === name)
+    if (at >= 0 && !this.#replaces) {
+      throw new DuplicateSubscription(
+        `this bus has a handler named ${JSON.stringify(name)}; pass another name, or onDuplicate: 'replace' to the bus ` +
+          'if a module is evaluated again',
+      )
     }
-    this.#registered.push(registration)
+    this.#registered.splice(at < 0 ? this.#registered.length : at, 1, registration)
     if (this.#running) {
       const late = this.#begin(registration)
         .catch((error) =>
@@ -290,6 +269,31 @@ export class Bus<E extends object = AnyEvents> {
       throw error
     })
     return registration.subscribed
+  }
+
+  /**
+   * Runs `middleware` around every handler, or with `{ on: 'publish' }` around every publish. The first that was added is
+   * the outermost; added at any time, it concerns what comes later. What it stores with `AsyncLocalStorage` is seen by
+   * the handler.
+   *
+   * @throws InvalidConfig for what is not a function.
+   */
+  use(middleware: HandleMiddleware, options?: { on?: 'handle' }): this
+  use(middleware: PublishMiddleware, options: { on: 'publish' }): this
+  use(middleware: HandleMiddleware | PublishMiddleware, options: UseOptions = {}): this {
+    if (checkMiddleware(middleware, options) === 'publish') {
+      this.#publishing = added(this.#publishing, middleware as PublishMiddleware, this.#replaces)
+    } else {
+      this.#handling = added(this.#handling, middleware as HandleMiddleware, this.#replaces)
+      for (const live of this.#live) live.runner.handler = this.#wired(live.handler)
+    }
+    return this
+  }
+
+  /** What the bridge calls for each event. */
+  #wired(handler: Handler): Handler {
+    const whole = this.#handling.length === 0 ? handler : around(this.#handling, handler)
+    return (event, context) => inside.run(this, whole, event, context)
   }
 
   /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
@@ -327,25 +331,57 @@ export class Bus<E extends object = AnyEvents> {
     handler: Handler,
     options: SubscribeOptions,
     onEnd?: () => void,
+    replaceable = true,
   ): Promise<Subscription> {
     const home = bridge()
-    const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    const text = optionsText(options, 'subscription')
+    // Again after each wait: others may have wanted the name meanwhile, and the last one gets it.
+    const inTheWay = () => (replaceable ? this.#inTheWay(options.name as string) : undefined)
+    for (let old = inTheWay(); old !== undefined; old = inTheWay()) {
+      const { made, ended, runner } = old
+      if (old.pattern === pattern && old.options === text) {
+        old.handler = handler
+        runner.handler = this.#wired(handler)
+        old.onEnd = onEnd
+        return await made
+      }
+      await made.catch(() => undefined)
+      if (this.#live.has(old)) await run((key) => home.native.drain(key, runner.id, DRAIN_MS)).then(ended)
+    }
+    const runner = home.runner(options.name as string, this.#wired(handler))
     const live: Live = {
       runner,
+      handler,
+      pattern,
+      options: text,
+      replaceable,
+      made: undefined as never,
+      onEnd,
       holds: this.#held,
       ended: () => {
         if (!this.#live.delete(live)) return
         home.ended(runner)
         if (live.holds) home.release()
-        onEnd?.()
+        live.onEnd?.()
       },
     }
     this.#live.add(live)
     if (live.holds) home.hold()
+    live.made = this.#make(live, text)
+    return await live.made
+  }
+
+  /** The subscription that has this name, or is being made, and may lose it. */
+  #inTheWay(name: string): Live | undefined {
+    if (!this.#replaces) return undefined
+    return [...this.#live].find(({ runner, replaceable }) => replaceable && runner.name === name)
+  }
+
+  async #make(live: Live, options: string): Promise<Subscription> {
+    const home = bridge()
+    const { runner, pattern } = live
     try {
-      const facts = JSON.parse(
-        await run((key) => this.#native.subscribe(key, runner.id, pattern, optionsText(options, 'subscription'))),
-      )
+      const facts = JSON.parse(await run((key) => this.#native.subscribe(key, runner.id, pattern, options)))
       runner.group = facts.group
       runner.timeoutMs = facts.timeoutMs
       return new Subscription(facts, {
@@ -383,6 +419,15 @@ export class Bus<E extends object = AnyEvents> {
   ): Promise<Receipt>
   async publish(first: string | Event, second?: unknown, meta?: MetaInput, options?: PublishOptions): Promise<Receipt> {
     if (this.#late.size > 0) await Promise.all(this.#late)
+    if (this.#publishing.length > 0) {
+      const given = Event.isEvent(first)
+      if (!given && typeof first !== 'string') {
+        throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(first)}`)
+      }
+      const event = given ? first : Event.create(first, second, meta)
+      const schedule = given ? (second as PublishOptions | undefined) : options
+      return await publishThrough(this.#publishing, event, (event) => this.#publish(event, schedule))
+    }
     const batch = Batch.empty()
     let schedule = ''
     if (!Event.isEvent(first)) {
@@ -398,18 +443,47 @@ export class Bus<E extends object = AnyEvents> {
     return receipt
   }
 
+  /** What {@link Bus.publish} does with an event, after its middleware. */
+  async #publish(event: Event, options?: PublishOptions): Promise<Receipt> {
+    const schedule = options === undefined ? '' : optionsText(options, 'publish')
+    const batch = Batch.empty()
+    batch.addEvent(event, schedule)
+    if (isSync(schedule, this.#sync)) return await this.#handle(batch)
+    return JSON.parse(await this.#send(batch))[0]
+  }
+
   /**
    * Stores all events, in order, or none: the error's `failures` say which were not accepted and why.
+   *
+   * Publish middleware runs for each of them, for all at the same time; then all are stored together.
    */
   async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {
     if (!Array.isArray(events)) throw new InvalidEvent('publishMany takes an array of events')
     if (this.#late.size > 0) await Promise.all(this.#late)
     if (this.#sync) {
       const receipts = []
-      for (const event of events) receipts.push(await this.#handle(Batch.of([event])))
+      for (const event of events) receipts.push(await this.#handleThrough(event))
       return receipts
     }
+    if (this.#publishing.length > 0) return await this.#publishManyThrough(events)
     return events.length === 0 ? [] : JSON.parse(await this.#send(Batch.of(events)))
+  }
+
+  async #handleThrough(event: Event | Draft): Promise<Receipt> {
+    if (this.#publishing.length === 0) return await this.#handle(Batch.of([event]))
+    const [made] = eventsOf([event]).events as [Event]
+    return await publishThrough(this.#publishing, made, (event) => this.#handle(Batch.of([event])))
+  }
+
+  async #publishManyThrough(given: readonly (Event | Draft)[]): Promise<Receipt[]> {
+    const { events, schedules } = eventsOf(given)
+    return await publishManyThrough(this.#publishing, events, async (going, indexes) => {
+      const batch = Batch.empty()
+      going.forEach((event, at) => {
+        batch.addEvent(event, schedules[indexes[at] as number] as string)
+      })
+      return JSON.parse(await this.#send(batch))
+    })
   }
 
   #send(batch: Batch): Promise<string> {
@@ -442,7 +516,7 @@ export class Bus<E extends object = AnyEvents> {
   events(pattern: string, given: EventsOptions = {}): Events {
     const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
-      this.#subscribe(pattern, handler, checked.options, () => events.end()),
+      this.#subscribe(pattern, handler, checked.options, () => events.end(), false),
     )
     return events
   }
@@ -497,52 +571,16 @@ function dispose(this: Bus): Promise<void> {
   return this.close()
 }
 
-/** Runs one handler of a synchronous publish, for as long as its timeout allows. */
-async function handleNow(runner: Runner, event: Received): Promise<void> {
-  const context = new Context(runner, 0)
-  const { timeoutMs, name } = runner
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<never>((_, reject) => {
-    if (timeoutMs === null) return
-    timer = setTimeout(() => {
-      abort(context, 0)
-      reject(new HandlerTimeout(`handler ${name} ran longer than ${timeoutMs} ms; later handlers were not run`))
-    }, timeoutMs)
-  })
-  const handled = (async () => {
-    try {
-      await runner.handler(event, context)
-    } catch (cause) {
-      throw new HandlerError(`handler ${name} failed on ${event.type}: ${describe(cause)}`, { cause })
-    }
-  })()
-  try {
-    await (timeoutMs === null ? handled : Promise.race([handled, late]))
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
 const CONFIG = Symbol('config')
 
 /** A bus of what the core read. */
-function fromConfig(text: string): Bus {
+function fromConfig(text: string, given: { logger?: Logger }): Bus {
   const { url, options } = JSON.parse(text)
-  return new Bus(url ?? undefined, { [CONFIG]: options } as unknown as BusOptions)
+  return new Bus(url ?? undefined, { ...given, [CONFIG]: options } as unknown as BusOptions)
 }
 
 function environment(): string {
   return JSON.stringify(process.env)
-}
-
-/** What the options of a publish say about its mode. */
-function isSync(schedule: string, otherwise: boolean): boolean {
-  if (schedule === '') return otherwise
-  const sync = call(() => native.checkPublishOptions(schedule)) ?? otherwise
-  if (sync && /"(delay|expiresIn)Ms":/.test(schedule)) {
-    throw new Unsupported('a synchronous publish runs the handlers now: leave out delayMs and expiresInMs')
-  }
-  return sync
 }
 
 function checkTimeout(timeoutMs: unknown): void {

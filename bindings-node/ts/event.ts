@@ -219,6 +219,24 @@ export class Event<T = any> {
     return fresh(wire, type, text)
   }
 
+  /**
+   * The same event with other members of meta: same id unless given, same payload, same delivery. For middleware around
+   * publish, before the event is stored.
+   *
+   * @throws InvalidEvent for meta that is not valid.
+   */
+  withMeta(meta: MetaInput): this {
+    const [wire, payloadLength, metaLength]: Cut = JSON.parse(
+      call(() => native.withMeta(this.#wire, metaText(meta) || '{}')),
+    )
+    const event = new Event<T>(wire, typeLengthOf(wire), payloadLength, metaLength)
+    event.#attempt = this.#attempt
+    event.#redelivered = this.#redelivered
+    event.#group = this.#group
+    event.#receivedAt = this.#receivedAt
+    return event as this
+  }
+
   /** A plain object in the wire's shape, made anew at each call. */
   toDict(): EventDict {
     return JSON.parse(this.#wire)

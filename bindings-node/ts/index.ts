@@ -41,7 +41,15 @@ export {
   Unsupported,
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
+export type {
+  HandleMiddleware,
+  HandleNext,
+  PublishMiddleware,
+  PublishNext,
+  UseOptions,
+} from './middleware.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
+export { type CloseOnSignalsOptions, closeOnSignals } from './shutdown.js'
 export type {
   DrainTimeout,
   Events,

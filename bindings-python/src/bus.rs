@@ -3,7 +3,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use polybus_core::options::{DeadLetterQuery, Mode, Naming, PublishOptions};
+use polybus_core::options::{DeadLetterQuery, Mode, Naming, OnDuplicate, PublishOptions};
 use polybus_core::transport::{GroupStats, Outgoing, Receipt};
 use polybus_core::{Bus, BusOptions, Result, SubscribeOptions, Subscription, process};
 use pyo3::exceptions::PyTypeError;
@@ -96,6 +96,15 @@ impl PyBus {
     #[getter]
     fn mode(&self) -> &'static str {
         word(self.0.options().mode)
+    }
+
+    /// What a second handler of the same name does, if the options say so.
+    #[getter]
+    fn on_duplicate(&self) -> Option<&'static str> {
+        self.0.options().on_duplicate.map(|choice| match choice {
+            OnDuplicate::Error => "error",
+            OnDuplicate::Replace => "replace",
+        })
     }
 
     #[getter]

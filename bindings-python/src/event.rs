@@ -103,6 +103,17 @@ impl PyEvent {
         make(py, r#type, payload, raw, meta, Some(&self.event)).map(Self::new)
     }
 
+    /// The same event with other members of meta.
+    #[pyo3(signature = (**meta))]
+    fn with_meta(&self, py: Python<'_>, meta: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let mut facts = self.event.meta.clone();
+        if let Some(given) = meta {
+            apply(py, &mut facts, given)?;
+        }
+        let event = self.event.clone().with_meta(|meta| *meta = facts);
+        Ok(Self { event, payload: PyOnceLock::new(), delivery: self.delivery.clone() })
+    }
+
     #[getter(r#type)]
     fn event_type<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         PyString::new(py, self.event.event_type.as_str())

@@ -58,6 +58,7 @@ pub const BUS: Options = Options {
         ("confirm", Plain),
         ("partitions", Plain),
         ("allow_network_fs", Plain),
+        ("on_duplicate", Plain),
         ("virtual_clock", Plain),
     ],
 };

@@ -536,6 +536,12 @@ pub fn child_event(
     build(event_type, payload, parent.child_meta(SystemTime::now()), meta, limit)
 }
 
+/// The same event with other members of `meta` (a JSON object with the wire's member names), checked.
+pub fn with_meta(event: &Event, meta: &[u8]) -> Result<Event> {
+    let changed = codec::apply_meta(event.meta.clone(), meta)?;
+    Ok(event.clone().with_meta(|meta| *meta = changed))
+}
+
 fn build(event_type: &str, payload: Bytes, base: Meta, meta: Option<&[u8]>, limit: usize) -> Result<Event> {
     let event_type = EventType::new(event_type)?;
     codec::check_payload(&payload, limit)?;

@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 17] = [
+const OPTIONS: [(&str, Kind); 18] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -50,6 +50,7 @@ const OPTIONS: [(&str, Kind); 17] = [
     ("confirm", Kind::Text),
     ("partitions", Kind::Number),
     ("allow_network_fs", Kind::Flag),
+    ("on_duplicate", Kind::Text),
 ];
 
 const RETRY: [(&str, Kind); 5] = [

@@ -52,6 +52,15 @@ pub enum Mode {
     Sync,
 }
 
+/// What a second handler of the same name does. The bindings do it: they have the handlers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnDuplicate {
+    /// It is refused with `DuplicateSubscription`.
+    Error,
+    /// It takes the place of the first: a reloaded module.
+    Replace,
+}
+
 /// Options of a bus.
 #[derive(Clone)]
 pub struct BusOptions {
@@ -91,6 +100,8 @@ pub struct BusOptions {
     pub partitions: Option<u32>,
     /// Open a file on a network file system. Default false.
     pub allow_network_fs: bool,
+    /// What a second handler of the same name does. Default what the binding finds: `Replace` under a development server.
+    pub on_duplicate: Option<OnDuplicate>,
     /// Time stands still until the test kit moves it. Default false.
     pub virtual_clock: bool,
 }
@@ -116,6 +127,7 @@ impl BusOptions {
             confirm: Confirm::Memory,
             partitions: None,
             allow_network_fs: false,
+            on_duplicate: None,
             virtual_clock: false,
         }
     }
@@ -149,6 +161,7 @@ impl BusOptions {
             confirm: from.word("confirm", &CONFIRMS)?.unwrap_or_default(),
             partitions: from.integer("partitions", 1..=256)?.map(|n| n as u32),
             allow_network_fs: from.boolean("allow_network_fs")?.unwrap_or(false),
+            on_duplicate: from.word("on_duplicate", &ON_DUPLICATE)?,
             virtual_clock: from.boolean("virtual_clock")?.unwrap_or(false),
             service: base.service,
         };
@@ -173,6 +186,8 @@ impl BusOptions {
 }
 
 const MODES: [(&str, Mode); 2] = [("async", Mode::Async), ("sync", Mode::Sync)];
+
+const ON_DUPLICATE: [(&str, OnDuplicate); 2] = [("error", OnDuplicate::Error), ("replace", OnDuplicate::Replace)];
 
 const CONFIRMS: [(&str, Confirm); 3] =
     [("memory", Confirm::Memory), ("disk", Confirm::Disk), ("replica", Confirm::Replica)];

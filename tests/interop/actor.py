@@ -22,6 +22,7 @@ async def main(url: str, bus_name: str) -> None:
     async with bus:
         tell({"ready": True})
         subscriptions = []
+        spans: Any = None
         while line := await reader.readline():
             command = json.loads(line)
             match command["do"]:
@@ -42,6 +43,11 @@ async def main(url: str, bus_name: str) -> None:
                         )
                     )
                     tell({"subscribed": command["name"]})
+                case "trace":
+                    spans = traced(bus)
+                    tell({"tracing": True})
+                case "spans":
+                    tell({"spans": [json.loads(span.to_json()) for span in spans.get_finished_spans()]})
                 case "unsubscribe":
                     for subscription in subscriptions:
                         await subscription.unsubscribe()
@@ -55,6 +61,17 @@ async def main(url: str, bus_name: str) -> None:
 def record(path: str, line: str) -> None:
     with Path(path).open("a") as file:
         file.write(line + "\n")
+def traced(bus: Bus) -> Any:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from polybus.opentelemetry import instrument
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    instrument(bus, provider)
+    return exporter
 
 
 def snake(name: str) -> str:

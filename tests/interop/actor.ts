@@ -2,7 +2,9 @@
 import { appendFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { BasicTracerProvider, InMemorySpanExporter, SimpleSpanProcessor } from '@opentelemetry/sdk-trace-base'
 import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
+import { instrument } from 'polybus/opentelemetry'
 
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const text = (event: Event<unknown>) => Buffer.from(event.raw).toString()
@@ -12,6 +14,7 @@ const bus = new Bus(url, { service: 'node', bus: busName, leaseMs: 1000 })
 await bus.start()
 tell({ ready: true })
 const subscriptions: Subscription[] = []
+const exporter = new InMemorySpanExporter()
 
 for await (const line of createInterface({ input: process.stdin })) {
   const command = JSON.parse(line)
@@ -34,6 +37,19 @@ for await (const line of createInterface({ input: process.stdin })) {
     const { name, group, ordered } = command
     subscriptions.push(await bus.subscribe(command.pattern, handler, { name, group, ordered, retry }))
     tell({ subscribed: command.name })
+  } else if (command.do === 'trace') {
+    const spanProcessors = [new SimpleSpanProcessor(exporter)]
+    instrument(bus, { tracerProvider: new BasicTracerProvider({ spanProcessors }) })
+    tell({ tracing: true })
+  } else if (command.do === 'spans') {
+    // As Python's exporter writes them.
+    const spans = exporter.getFinishedSpans().map((span) => ({
+      name: span.name,
+      context: { trace_id: `0x${span.spanContext().traceId}`, span_id: `0x${span.spanContext().spanId}` },
+      parent_id: span.parentSpanContext ? `0x${span.parentSpanContext.spanId}` : null,
+      attributes: span.attributes,
+    }))
+    tell({ spans })
   } else if (command.do === 'unsubscribe') {
     await Promise.all(subscriptions.map((subscription) => subscription.unsubscribe()))
     tell({ unsubscribed: true })

@@ -23,10 +23,11 @@ def say(*words):
 class Program:
     """A Python program with its output and how long it took to end."""
 
-    def __init__(self, code: str, url: str, *arguments: str) -> None:
+    def __init__(self, code: str, url: str, *arguments: str, stdin: bool = False) -> None:
         source = PRELUDE + textwrap.dedent(code)
         self.process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-W", "error", "-c", source, url, *arguments],
+            stdin=subprocess.PIPE if stdin else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -38,6 +39,11 @@ class Program:
         if not line:
             raise AssertionError(f"the program ended: {self.process.stderr.read() if self.process.stderr else ''}")
         return line
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def end(self, timeout: float = 20) -> tuple[int, str, str]:
         try:

@@ -28,6 +28,7 @@ from polybus.errors import (
     Unsupported,
 )
 from polybus.retry import with_retry
+from polybus.shutdown import lifespan, run, serve
 from polybus.subscription import Subscription
 
 __all__ = [
@@ -66,6 +67,9 @@ __all__ = [
     "SubscriptionStats",
     "Unsupported",
     "__version__",
+    "lifespan",
+    "run",
+    "serve",
     "version",
     "with_retry",
 ]

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from polybus import _native
+from polybus import _middleware, _native
 from polybus._runtime import drain_logs
 from polybus.errors import InvalidHandler, Reject, Retry
 
@@ -95,7 +95,7 @@ def describe(error: BaseException) -> tuple[str, str, str]:
 
 def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
     """Tell the core what the handler raised."""
-    if isinstance(error, (HandBack, KeyboardInterrupt, GeneratorExit)):
+    if isinstance(error, (HandBack, _middleware.LoopGone, KeyboardInterrupt, GeneratorExit)):
         reporter.abandoned([job])  # stopped from outside: not the event's fault
     elif isinstance(error, Reject):
         reporter.rejected(job, *describe(error))
@@ -119,6 +119,7 @@ class LoopHandler:
         name: str,
         handler: Callable[[Event[Any]], Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
+        around: _middleware.Around,
     ) -> None:
         self._bus = bus
         self._name = name
@@ -126,12 +127,21 @@ class LoopHandler:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: set[int] = set()
         self._done: list[int] = []
-        self._run = self._runner(handler)
+        self.rewire(handler, around)
         self.gone = False
         self.subscription: _native.NativeSubscription | None = None
         # The context of each task is a copy of this one; Python 3.10 cannot be told, see `_runner`.
         self._context = contextvars.Context()
         self._context.run(current.set, bus)
+
+    def rewire(self, handler: Callable[[Event[Any]], Awaitable[object]], around: _middleware.Around) -> None:
+        """From the next event on, run this handler inside this middleware."""
+        self._run = self._runner(_middleware.chain(around, handler) if around else handler)
+
+    def serves(self) -> bool:
+        """Whether it runs for the caller: on the caller's loop, or on any if the caller has none."""
+        running = asyncio._get_running_loop()
+        return running is None or running is self._loop
 
     def start(self, batch: list[tuple[int, Event[Any]]]) -> None:
         """Run the handler in a task of its own for each event."""
@@ -306,11 +316,25 @@ class ThreadHandler:
     concurrency: int = 0
     gone = False
 
-    def __init__(self, bus: _native.NativeBus, handler: Handler, loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(
+        self,
+        bus: _native.NativeBus,
+        handler: Handler,
+        loop: asyncio.AbstractEventLoop | None,
+        around: _middleware.Around,
+    ) -> None:
         self._bus = bus
-        self._handler = handler
+        self.rewire(handler, around)
         self._loop = None if loop is None else weakref.ref(loop)
         self.subscription: _native.NativeSubscription | None = None
+
+    def rewire(self, handler: Handler, around: _middleware.Around) -> None:
+        """From the next event on, call this function inside this middleware."""
+        self._handler, self._around = handler, around
+
+    def serves(self) -> bool:
+        """Threads serve everybody."""
+        return True
 
     def run(self, job: int, event: Event[Any]) -> None:
         """Call the function and say what came of it."""
@@ -327,7 +351,13 @@ class ThreadHandler:
 
     def _call(self, event: Event[Any]) -> object:
         current.set(self._bus)
-        return self._handler(event)
+        handler, around = self._handler, self._around
+        if not around:
+            return handler(event)
+        loop = None if self._loop is None else self._loop()
+        if loop is None or loop.is_closed():
+            loop = _middleware.own_loop()
+        return _middleware.from_thread(loop, lambda inner: _middleware.run(around, event, inner), handler)
 
     def _finish(self, result: Awaitable[object]) -> None:
         """A plain function that returned an awaitable, such as a lambda around a coroutine: the loop runs it."""
@@ -354,14 +384,21 @@ class ThreadHandler:
             _thread.interrupt_main()
 
 
-def call(handler: Handler, event: Event[Any]) -> Coroutine[Any, Any, object]:
-    """Run a handler of either kind once, for a synchronous publish."""
+def call(handler: Handler, event: Event[Any], around: _middleware.Around) -> Coroutine[Any, Any, object]:
+    """Run a handler of either kind once, inside its middleware, for a synchronous publish."""
 
-    async def run() -> object:
+    async def run(event: Event[Any]) -> object:
         if is_async(handler):
             return await handler(event)  # type: ignore[misc]
         loop = asyncio.get_running_loop()
         result = await loop.run_in_executor(None, contextvars.copy_context().run, handler, event)
         return await result if inspect.isawaitable(result) else result
 
-    return run()
+    return _middleware.run(around, event, run)
+
+
+def call_here(handler: Handler, event: Event[Any], around: _middleware.Around) -> object:
+    """The same, in the calling thread, which has no loop; returns an awaitable if the handler does."""
+    if not around:
+        return handler(event)
+    return _middleware.from_thread(_middleware.own_loop(), lambda inner: _middleware.run(around, event, inner), handler)

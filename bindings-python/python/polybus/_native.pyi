@@ -55,6 +55,11 @@ class Event(Generic[_T_co]):
         self, type: str, payload: object = None, *, raw: bytes | str | None = None, **meta: Unpack[MetaOptions]
     ) -> Event[Any]:
         """A new event in this one's chain: same correlation, caused by this one, same user, organisation and trace."""
+    def with_meta(self, **meta: Unpack[MetaOptions]) -> Event[_T_co]:
+        """The same event with other members of meta: same id unless given, same payload, same delivery.
+
+        For middleware around publish, before the event is stored. `InvalidEvent`, `TypeError` as in `create`.
+        """
     @property
     def type(self) -> str:
         """What happened, like `order.created`."""
@@ -303,6 +308,8 @@ class NativeBus:
     def bus(self) -> str: ...
     @property
     def mode(self) -> str: ...
+    @property
+    def on_duplicate(self) -> str | None: ...
     @property
     def closed(self) -> bool: ...
     @property

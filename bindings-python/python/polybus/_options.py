@@ -5,13 +5,13 @@ Seconds are a number or a ``timedelta``.
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     from typing_extensions import Required
 
+    from polybus._log import AnyLogger
     from polybus._native import Aggregate, RetryPolicy
 
 Seconds = float | timedelta
@@ -55,8 +55,10 @@ class BusOptions(TypedDict, total=False):
     """Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1."""
     allow_network_fs: bool
     """Open a file on a network file system, which may break its locks. Default false."""
-    logger: logging.Logger | logging.LoggerAdapter[Any]
-    """Where to log. Default ``logging.getLogger("polybus")``."""
+    on_duplicate: Literal["error", "replace"]
+    """What a second handler of the same name does. Default ``error``; ``replace`` at a prompt or reloading server."""
+    logger: AnyLogger
+    """Where to log; also an object like structlog's. Default ``logging.getLogger("polybus")``."""
 
 
 class SubscribeOptions(TypedDict, total=False):

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from polybus import _native
+from polybus import _log, _middleware, _native
 
 if TYPE_CHECKING:
     from polybus._handlers import LoopHandler
@@ -187,7 +187,7 @@ def _live() -> list[Bus]:
 
 def set_log_level() -> None:
     """Keep only what some logger wants."""
-    _native.set_log_level(min((bus.logger.getEffectiveLevel() for bus in _live()), default=logging.WARNING))
+    _native.set_log_level(min((_log.level_of(bus.logger) for bus in _live()), default=logging.WARNING))
 
 
 def drain_logs() -> None:
@@ -195,10 +195,10 @@ def drain_logs() -> None:
     records = _native.take_logs()
     if records:
         # The core does not know which bus a record is about: each logger once.
-        loggers = {bus.logger for bus in _live()} or {logging.getLogger("polybus")}
+        loggers = list({id(bus.logger): bus.logger for bus in _live()}.values()) or [_log.default()]
         for level, message in records:
             for logger in loggers:
-                logger.log(level, "%s", message)
+                _log.write(logger, level, message)
 
 
 # ---- fork and exit ------------------------------------------------------------------------------------------------
@@ -213,6 +213,7 @@ def _after_fork() -> None:
     _leaked.extend(found() for found in _bridges.values())
     _bridges.clear()
     _leaked.extend(bus._forget_process() for bus in _live())
+    _leaked.append(_middleware.forget_own_loop())
 
 
 def _at_exit() -> None:
@@ -220,6 +221,7 @@ def _at_exit() -> None:
     deadline = time.monotonic() + 0.25
     for bus in _live():
         bus._close_at_exit(max(0.0, deadline - time.monotonic()))
+    _middleware.end_own_loop()
     drain_logs()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 
-from polybus import _handlers, _native, _runtime
+from polybus import _handlers, _middleware, _native, _runtime
 from polybus._native import DeadLetter, Event, Receipt
 from polybus._views import Guarantees, SubscriptionStats
 from polybus.dead_letters import _which
@@ -197,10 +197,12 @@ class Blocking:
         raw: bytes | str | None = None,
         **meta: Any,
     ) -> Receipt:
-        """As `Bus.publish`."""
+        """As `Bus.publish`. Publish middleware runs on a loop of the package's own, while this thread waits."""
         given = None
         if delay is not None or expires_in is not None or mode is not None:
             given = {"delay": delay, "expires_in": expires_in, "mode": mode}
+        if self._bus._publishing:
+            return self._publish_through(type, payload, raw, meta, given)
         if self._bus._is_sync(given):
             return self._publish_here(type, payload, raw, meta)
         receipt: Receipt = _wait(self._native.publish(type, payload, raw, meta, given))
@@ -209,9 +211,31 @@ class Blocking:
     def publish_many(self, events: Iterable[Event[Any]]) -> list[Receipt]:
         """As `Bus.publish_many`."""
         if self._native.mode == "sync":
-            return [self._publish_here(event, None, None, {}) for event in events]
+            return [self.publish(event) for event in events]
+        if around := self._bus._publishing:
+            given = _middleware.events_of(events)
+            return _middleware.from_thread(  # type: ignore[no-any-return]
+                _middleware.own_loop(),
+                lambda send: _middleware.publish_many(around, given, send),
+                lambda events: _wait(self._native.publish_many(events)),
+            )
         receipts: list[Receipt] = _wait(self._native.publish_many(events))
         return receipts
+
+    def _publish_through(self, type: Any, payload: Any, raw: Any, meta: dict[str, Any], given: Any) -> Receipt:
+        around, sync = self._bus._publishing, self._bus._is_sync(given)
+        given_event = _middleware.event_of(type, payload, raw, meta)
+
+        def send(event: Event[Any]) -> Any:
+            if sync:
+                return self._publish_here(event, None, None, {})
+            return _wait(self._native.publish(event, None, None, {}, given))
+
+        loop = _middleware.own_loop()
+        receipt: Receipt = _middleware.from_thread(
+            loop, lambda inner: _middleware.publish(around, given_event, inner), send
+        )
+        return receipt
 
     def _publish_here(self, type: Any, payload: object, raw: Any, meta: dict[str, Any]) -> Receipt:
         from polybus.bus import _failed
@@ -226,7 +250,7 @@ class Blocking:
                 continue
             delivered = event._delivered(subscription.group)
             try:
-                result = subscription._handler(delivered)
+                result = _handlers.call_here(subscription._handler, delivered, bus._handling)
                 if inspect.isawaitable(result):
 
                     async def finish(result: Any = result) -> None:
@@ -249,6 +273,11 @@ class Blocking:
         checked, options, name, concurrency = self._bus._checked(pattern, handler, options)
         if _handlers.is_async(checked):
             raise InvalidHandler(f"{name} is async; bus.blocking runs plain functions, await bus.start() runs both")
+        if (swapped := self._bus._swapped(pattern, checked, options)) is not None:
+            return swapped
+        if (old := self._bus._in_the_way(options)) is not None:
+            _wait(old._native.drain(10.0))
+            old._ended()
         operation, claim = self._bus._on_threads(pattern, checked, options, concurrency, None)
         try:
             native = _wait(operation)

@@ -9,14 +9,14 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
-from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from polybus import _handlers, _native, _runtime
+from polybus import _development, _handlers, _log, _native, _runtime
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
+from polybus._use import Uses
 from polybus._views import Guarantees, SubscriptionStats
 from polybus.dead_letters import DeadLetters
 from polybus.errors import DuplicateSubscription, HandlerError, HandlerTimeout, InvalidConfig, Unsupported
@@ -25,15 +25,19 @@ from polybus.subscription import Subscription
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from polybus._log import AnyLogger
     from polybus._options import BusOptions, MetaOptions, Mode, Seconds, SubscribeOptions
     from polybus.blocking import Blocking
+
+_shared: dict[object, Any] = {}
+_shared_lock = threading.Lock()
 
 H = TypeVar("H", bound=Callable[..., object])
 
 __all__ = ["Bus"]
 
 
-class Bus:
+class Bus(Uses):
     """An event bus. Making one opens nothing, so it may stand at the top of a module.
 
     One bus may be used from several event loops and threads, and in a forked child, which connects anew and has no
@@ -46,14 +50,15 @@ class Bus:
 
     def __init__(self, url: str | None = None, **options: Unpack[BusOptions]) -> None:
         given: dict[str, Any] = dict(options)
-        logger: Any = given.pop("logger", None)
-        if not isinstance(logger, (logging.Logger, logging.LoggerAdapter, NoneType)):
-            raise InvalidConfig(f"logger is a {type(logger).__qualname__}; give a logging.Logger")
-        self.logger: logging.Logger | logging.LoggerAdapter[Any] = logger or logging.getLogger("polybus")
+        self.logger: AnyLogger = _log.check(given.pop("logger", None))
         address: Any = "memory://" if url is None else url
         if not isinstance(address, str):
             raise InvalidConfig(f"the URL is a {type(url).__qualname__}; write a str like 'sqlite:///events.db'")
-        self._native = _native.NativeBus(address, given)
+        self._set_up(_native.NativeBus(address, given))
+
+    def _set_up(self, native: _native.NativeBus) -> None:
+        self._native = native
+        self._replaces = native.on_duplicate == "replace" or (native.on_duplicate is None and _development.reloads())
         self._registered: dict[str, tuple[str, Handler, dict[str, Any]]] = {}
         self._forget_process()
         _runtime.watch_bus(self)
@@ -69,31 +74,44 @@ class Bus:
         return old
 
     @classmethod
-    def from_env(cls) -> Self:
+    def from_env(cls, *, logger: AnyLogger | None = None) -> Self:
         """A bus from `POLYBUS_URL`, `POLYBUS_SERVICE` and `POLYBUS_<OPTION>` for every other option."""
-        return cls._from(_native.options_from_env(dict(os.environ)))
+        return cls._from(_native.options_from_env(dict(os.environ)), logger)
 
     @classmethod
-    def from_config(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> Self:
+    def from_config(
+        cls, config: str | os.PathLike[str] | Mapping[str, Any], *, logger: AnyLogger | None = None
+    ) -> Self:
         """A bus from a JSON or YAML file, or from a dict of the same shape.
 
         Names are those of the keyword arguments, and `url`; `${VAR}` and `${VAR:-default}` take environment variables.
         `InvalidConfig` for a missing or malformed file, an unset variable, an unknown name.
         """
         if isinstance(config, Mapping):
-            return cls._from(_native.options_from_dict(dict(config), dict(os.environ)))
-        return cls._from(_native.options_from_file(os.fspath(config), dict(os.environ)))
+            return cls._from(_native.options_from_dict(dict(config), dict(os.environ)), logger)
+        return cls._from(_native.options_from_file(os.fspath(config), dict(os.environ)), logger)
 
     @classmethod
-    def _from(cls, found: tuple[str | None, str]) -> Self:
+    def _from(cls, found: tuple[str | None, str], logger: AnyLogger | None) -> Self:
         bus = cls.__new__(cls)
         url, options = found
-        bus.logger = logging.getLogger("polybus")
-        bus._native = _native.NativeBus.from_json("memory://" if url is None else url, options)
-        bus._registered = {}
-        bus._forget_process()
-        _runtime.watch_bus(bus)
+        bus.logger = _log.check(logger)
+        bus._set_up(_native.NativeBus.from_json("memory://" if url is None else url, options))
         return bus
+
+    @classmethod
+    def shared(cls, url: str | None = None, **options: Unpack[BusOptions]) -> Self:
+        """The bus of this process for that URL, bus name and service: made by the first call, found by later ones.
+
+        For modules that are loaded again, such as a notebook's cell or `importlib.reload`: a second bus would leave the
+        first one's handlers running. The options of the first call hold.
+        """
+        key = (cls, url, options.get("bus"), options.get("service"))
+        with _shared_lock:
+            found = _shared.get(key)
+            if found is None:
+                found = _shared[key] = cls(url, **options)
+        return found
 
     @property
     def url(self) -> str:
@@ -144,7 +162,12 @@ class Bus:
         self._started = True
 
     def _missing(self) -> list[tuple[str, Handler, dict[str, Any]]]:
-        return [entry for name, entry in self._registered.items() if name not in self._subscriptions]
+        running = self._subscriptions
+        return [
+            entry
+            for name, entry in self._registered.items()
+            if name not in running or (self._replaces and running[name]._handler is not entry[1])
+        ]
 
     async def close(self, timeout: Seconds = 10.0) -> None:
         """Take nothing more, let running handlers end for up to `timeout` seconds, hand back the rest, close.
@@ -243,6 +266,8 @@ class Bus:
             given = {"delay": delay, "expires_in": expires_in, "mode": mode}
         if self._late or self._lazy:
             await self._settle()
+        if self._publishing:
+            return await self._publish_through(type, payload, raw, meta, given)
         if self._is_sync(given):
             return await self._publish_here(type, payload, raw, meta)
         receipt: Receipt = await _runtime.run(self._native.publish(type, payload, raw, meta, given))
@@ -257,11 +282,16 @@ class Bus:
         return sync
 
     async def publish_many(self, events: Iterable[Event[Any]]) -> list[Receipt]:
-        """Publish events in order, all or none. The error's `.failures` lists which were refused, and why."""
+        """Publish events in order, all or none. The error's `.failures` lists which were refused, and why.
+
+        Publish middleware runs for each of them, for all at the same time; then all are stored together.
+        """
         if self._late or self._lazy:
             await self._settle()
         if self._native.mode == "sync":
-            return [await self._publish_here(event, None, None, {}) for event in events]
+            return [await self.publish(event) for event in events]
+        if self._publishing:
+            return await self._publish_many_through(events)
         receipts: list[Receipt] = await _runtime.run(self._native.publish_many(events))
         return receipts
 
@@ -280,7 +310,7 @@ class Bus:
             subscription = self._subscriptions.get(name)
             if subscription is None:
                 continue  # subscribed, and not yet told to us
-            task = asyncio.ensure_future(_handlers.call(subscription._handler, event._delivered(subscription.group)))
+            task = asyncio.ensure_future(self._call(subscription, event))
             try:
                 done, _ = await asyncio.wait({task}, timeout=subscription._timeout)
             except BaseException:
@@ -294,6 +324,9 @@ class Bus:
             except Exception as error:
                 raise _failed(name, error) from error
         return Receipt(event.meta.id)
+
+    def _call(self, subscription: Subscription, event: Event[Any]) -> Coroutine[Any, Any, object]:
+        return _handlers.call(subscription._handler, event._delivered(subscription.group), self._handling)
 
     # ---- subscribe ----
 
@@ -309,11 +342,13 @@ class Bus:
         def register(handler: H) -> H:
             entry = self._register(pattern, handler, dict(options))
             if self._started:
+                if self._swapped(*entry) is not None:
+                    return handler
                 try:
                     asyncio.get_running_loop()
                 except RuntimeError:
                     return handler  # the next start() finds it
-                task = asyncio.ensure_future(self._subscribe_late(*entry))
+                task = asyncio.ensure_future(self._subscribe_late(*entry, after=set(self._late)))
                 self._late.add(task)
                 task.add_done_callback(self._late.discard)
             return handler
@@ -322,8 +357,11 @@ class Bus:
 
     def _register(self, pattern: str, handler: object, options: dict[str, Any]) -> tuple[str, Handler, dict[str, Any]]:
         checked, options, name, _ = self._checked(pattern, handler, options)
-        if name in self._registered:
-            raise DuplicateSubscription(f"this bus has a handler named {name!r}; pass another name=")
+        if name in self._registered and not self._replaces:
+            raise DuplicateSubscription(
+                f'this bus has a handler named {name!r}; pass another name=, or on_duplicate="replace" to the bus if a '
+                "module is loaded again"
+            )
         self._registered[name] = pattern, checked, options
         return self._registered[name]
 
@@ -337,11 +375,15 @@ class Bus:
         name, concurrency = self._native.check_subscription(pattern, options)
         return checked, options, name, concurrency
 
-    async def _subscribe_late(self, pattern: str, handler: Handler, options: dict[str, Any]) -> None:
+    async def _subscribe_late(
+        self, pattern: str, handler: Handler, options: dict[str, Any], after: set[asyncio.Task[None]]
+    ) -> None:
         try:
+            if self._replaces and after:
+                await asyncio.wait(after)  # the last handler of a name is to have it
             await self._subscribe(pattern, handler, options)
-        except Exception:
-            self.logger.exception("%s is not subscribed to %s", options["name"], pattern)
+        except Exception as error:
+            _log.write(self.logger, logging.ERROR, f"{options['name']} is not subscribed to {pattern}", error)
 
     async def subscribe(
         self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
@@ -356,8 +398,27 @@ class Bus:
             await self._settle()
         return await self._subscribe(pattern, handler, dict(options))
 
-    async def _subscribe(self, pattern: str, handler: object, options: dict[str, Any]) -> Subscription:
+    def _in_the_way(self, options: dict[str, Any]) -> Subscription | None:
+        """The running subscription whose name this one wants, if it may have it."""
+        old = self._subscriptions.get(options["name"])
+        return old if self._replaces and old is not None and old.active else None
+
+    def _swapped(self, pattern: str, handler: Handler, options: dict[str, Any]) -> Subscription | None:
+        """The running subscription, with this handler from its next event on; None if more than that has changed."""
+        old = self._in_the_way(options)
+        if old is None or not old.takes(pattern, handler, options):
+            return None
+        old.rewire(handler, self._handling)
+        return old
+
+    async def _subscribe(
+        self, pattern: str, handler: object, options: dict[str, Any], replace: bool = True
+    ) -> Subscription:
         checked, options, _, concurrency = self._checked(pattern, handler, options)
+        if replace and (swapped := self._swapped(pattern, checked, options)) is not None:
+            return swapped
+        if replace and (old := self._in_the_way(options)) is not None:
+            await old.unsubscribe()
         loop = asyncio.get_running_loop()
         if not _handlers.is_async(checked):
             operation, claim = self._on_threads(pattern, checked, options, concurrency, loop)
@@ -376,7 +437,7 @@ class Bus:
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop)
+        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop, self._handling)
         handlers = weakref.ref(bridge)
 
         def ended() -> None:
@@ -400,7 +461,7 @@ class Bus:
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop)
+        runner = ThreadHandler(self._native, handler, loop, self._handling)
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(
@@ -428,8 +489,9 @@ class Bus:
             if self._subscriptions.get(native.name) is subscription:
                 del self._subscriptions[native.name]
 
-        subscription = Subscription(native, handler, seconds, runner, forget)
+        subscription = Subscription(native, handler, seconds, runner, forget, options)
         self._subscriptions[native.name] = subscription
+        subscription.rewire(handler, self._handling)  # some may have been added meanwhile
         return subscription
 
     async def events(self, pattern: str, **options: Unpack[SubscribeOptions]) -> AsyncGenerator[Event[Any], None]:
@@ -449,7 +511,7 @@ class Bus:
             waiting.put_nowait((event, done))
             await done
 
-        subscription = await self._subscribe(pattern, hold, dict(options))
+        subscription = await self._subscribe(pattern, hold, dict(options), replace=False)
         subscription.on_closing(functools.partial(waiting.put_nowait, None))
         done: asyncio.Future[None] | None = None
         try:

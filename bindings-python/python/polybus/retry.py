@@ -7,10 +7,14 @@ import functools
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from polybus import _log
 from polybus._native import RetryPolicy
 from polybus.errors import Reject, Retry
+
+if TYPE_CHECKING:
+    from polybus._log import AnyLogger
 
 __all__ = ["RetryPolicy", "with_retry"]
 
@@ -24,7 +28,7 @@ def with_retry(
     *,
     on_dead: Callable[..., object] | None = None,
     name: str | None = None,
-    logger: logging.Logger | None = None,
+    logger: AnyLogger | None = None,
 ) -> Callable[P, Awaitable[T]]:
     """Wrap an async function so that it is tried again when it raises, as `policy` says (default: `RetryPolicy()`).
 
@@ -38,8 +42,10 @@ def with_retry(
         policy = RetryPolicy()
     elif not isinstance(policy, RetryPolicy):
         raise TypeError(f"policy is a {type(policy).__qualname__}; give RetryPolicy(max_retries=…)")
-    rules, log = policy, logger or logging.getLogger("polybus")
+    rules, log = policy, _log.check(logger)
     label = name or getattr(handler, "__qualname__", type(handler).__qualname__)
+
+    tell = functools.partial(_log.write, log)
 
     @functools.wraps(handler, updated=())
     async def attempts(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,12 +57,13 @@ def with_retry(
             except Exception as error:
                 delay = None if isinstance(error, Reject) else rules.delay(attempt)
                 if delay is None:
-                    log.warning("%s gave up after %d attempts: %s", label, attempt, type(error).__qualname__)
+                    tell(logging.WARNING, f"{label} gave up after {attempt} attempts: {type(error).__qualname__}")
                     await bury(error, *args, **kwargs)
                     raise
                 if isinstance(error, Retry) and error.after is not None:
                     delay = error.after
-                log.info("%s: attempt %d raised %s, again in %.3f s", label, attempt, type(error).__qualname__, delay)
+                kind = type(error).__qualname__
+                tell(logging.INFO, f"{label}: attempt {attempt} raised {kind}, again in {delay:.3f} s")
             await asyncio.sleep(delay)
 
     async def bury(error: Exception, *args: object, **kwargs: object) -> None:
@@ -66,7 +73,7 @@ def with_retry(
             result = on_dead(error, *args, **kwargs)
             if inspect.isawaitable(result):
                 await result
-        except Exception:  # the handler's own error is the one to raise
-            log.exception("on_dead of %s failed", label)
+        except Exception as failure:  # the handler's own error is the one to raise
+            tell(logging.ERROR, f"on_dead of {label} failed", failure)
 
     return attempts

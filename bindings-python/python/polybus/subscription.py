@@ -8,11 +8,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from polybus import _native, _runtime
-from polybus._handlers import LoopHandler, ThreadHandler
+from polybus._handlers import LoopHandler, ThreadHandler, is_async
 from polybus._views import SubscriptionStats
 
 if TYPE_CHECKING:
     from polybus._handlers import Handler
+    from polybus._middleware import Around
 
 
 class Done:
@@ -33,6 +34,7 @@ class Subscription:
         timeout: float | None,
         runner: LoopHandler | ThreadHandler,
         ended: Callable[[], None],
+        options: dict[str, Any],
     ) -> None:
         self._native = native
         self._handler = handler
@@ -40,6 +42,7 @@ class Subscription:
         # Weak: what runs the handler lives with its loop.
         self._runner = weakref.ref(runner)
         self._ended = ended
+        self._options = options
         self._on_closing: list[Callable[[], None]] = []
 
     @property
@@ -92,6 +95,18 @@ class Subscription:
     def on_closing(self, call: Callable[[], None]) -> None:
         """`call` runs when the bus begins to close."""
         self._on_closing.append(call)
+
+    def takes(self, pattern: str, handler: Handler, options: dict[str, Any]) -> bool:
+        """Whether this handler can take the place of ours with nothing else changed."""
+        runner = self._runner()
+        same = pattern == self.pattern and options == self._options and is_async(handler) == is_async(self._handler)
+        return same and runner is not None and not runner.gone and runner.serves()
+
+    def rewire(self, handler: Handler, around: Around) -> None:
+        """From the next event on, run this handler inside this middleware."""
+        self._handler = handler
+        if (runner := self._runner()) is not None:
+            runner.rewire(handler, around)  # type: ignore[arg-type]
 
     def closing(self) -> None:
         """The bus begins to close."""

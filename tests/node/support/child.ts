@@ -15,8 +15,8 @@ export class Child {
   readonly told: AsyncIterator<string>
   readonly ended: Promise<[number | null, string | null]>
 
-  constructor(what: string, url: string) {
-    this.process = spawn(process.execPath, [script('life'), what, url], { stdio: ['pipe', 'pipe', 'inherit'] })
+  constructor(what: string, url: string, program = 'life') {
+    this.process = spawn(process.execPath, [script(program), what, url], { stdio: ['pipe', 'pipe', 'inherit'] })
     this.told = createInterface({ input: this.process.stdout })[Symbol.asyncIterator]()
     this.ended = once(this.process, 'close', { signal: AbortSignal.timeout(LIMIT) }) as never
     this.ended.catch(() => this.process.kill('SIGKILL'))

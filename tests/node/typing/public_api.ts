@@ -1,5 +1,17 @@
 // Checked by tsc, never run: what users write must type-check, and what they must not write must not.
-import { Bus, type DeadLetter, Event, type Handler, PublishUnknown, Retry, version, withRetry } from 'polybus'
+import {
+  Bus,
+  closeOnSignals,
+  type DeadLetter,
+  Event,
+  type Handler,
+  PublishUnknown,
+  type Receipt,
+  Retry,
+  version,
+  withRetry,
+} from 'polybus'
+import { instrument } from 'polybus/opentelemetry'
 import { TestBus } from 'polybus/testing'
 
 export const right: string = version()
@@ -99,4 +111,30 @@ export async function rest(bus: Bus): Promise<void> {
   } catch (error) {
     if (error instanceof PublishUnknown) console.log(error.code, error.failures[0]?.index, text)
   }
+}
+
+// Middleware.
+export function middleware(bus: Bus<Events>): void {
+  bus.use(async (event, next, { signal }) => {
+    signal.throwIfAborted()
+    const attempt: number = event.delivery.attempt
+    void attempt
+    return await next()
+  })
+  bus.use(async (event, next) => next(event.withMeta({ userId: 'u' })), { on: 'publish' })
+  bus.use(
+    async (_, next) => {
+      const receipt: Receipt = await next()
+      void receipt
+    },
+    { on: 'publish' },
+  )
+  // @ts-expect-error: what publish middleware returns is a receipt
+  bus.use(async () => 5, { on: 'publish' })
+  // @ts-expect-error: there is no such place
+  bus.use(async () => {}, { on: 'subscribe' })
+  const stop: () => void = closeOnSignals([bus], { timeoutMs: 1, before: async () => {} })
+  stop()
+  const shared: Bus<Events> = Bus.shared<Events>('memory://', { service: 'a', onDuplicate: 'replace' })
+  void instrument(shared).publish('order.paid', { cents: 1 })
 }

@@ -3,9 +3,11 @@
 An error that must be reported stands as `# type: ignore[code]`; strict mode fails when it is not reported.
 """
 
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, TypedDict
 
+import structlog
 from typing_extensions import assert_type
 
 import polybus
@@ -23,6 +25,7 @@ from polybus import (
     SubscriptionStats,
     with_retry,
 )
+from polybus.opentelemetry import instrument
 from polybus.testing import MockHandler, TestBus
 
 version: str = polybus.version()
@@ -101,6 +104,25 @@ async def twice(number: int, *, word: str) -> bytes:
 async def retried() -> None:
     assert_type(await with_retry(twice, RetryPolicy(1))(2, word="a"), bytes)
     await with_retry(twice)("2", word="a")  # type: ignore[arg-type]
+
+
+async def middleware() -> None:
+    @bus.use
+    async def around(event: Event[Any], call_next: Callable[..., Awaitable[Any]]) -> Any:
+        return await call_next(event.with_meta(user_id="u"))
+
+    @bus.use(on="publish")
+    async def stamp(event: Event[Any], call_next: Callable[..., Awaitable[Receipt]]) -> Receipt:
+        return await call_next()
+
+    assert_type(await stamp(Event.create("x"), bus.publish), Receipt)
+    bus.use(around, on="subscribe")  # type: ignore[call-overload]
+    assert_type(instrument(TestBus()), TestBus)
+    assert_type(Bus.shared("memory://", service="a", on_duplicate="replace"), Bus)
+    Bus("memory://", service="a", logger=structlog.get_logger())
+    Bus("memory://", service="a", logger=print)  # type: ignore[arg-type]
+    async with polybus.lifespan(bus, drain=1)(None):
+        await polybus.serve(bus)
 
 
 def blocking() -> None:
