@@ -116,6 +116,7 @@ async fn consume(url: &str, events: u64) -> Result<Value, Failure> {
         start: Start::New,
         broadcast: false,
         lease: Duration::from_secs(30),
+        responder: false,
     };
     let source = bus.subscribe(spec).await?;
     say(&json!({ "ready": true }))?;

@@ -46,6 +46,7 @@ fn spec(group: &str, pattern: &str) -> Result<GroupSpec> {
         start: Start::New,
         broadcast: false,
         lease: Duration::from_secs(30),
+        responder: false,
     })
 }
 

@@ -75,6 +75,7 @@ pub fn spec(group: &str) -> GroupSpec {
         start: Start::New,
         broadcast: false,
         lease: Duration::from_secs(30),
+        responder: false,
     }
 }
 

@@ -374,6 +374,7 @@ impl Transport for PubSub {
             dead_letters: false,
             start_position: false,
             broadcast: true,
+            request: false,
         }
     }
 

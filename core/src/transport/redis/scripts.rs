@@ -70,6 +70,9 @@ scripts! {
     DROP = "drop",
     STATS = "stats",
     TYPES = "types",
+    POST = "post",
+    ALIVE = "alive",
+    RESPONDERS = "responders",
 }
 
 /// The command where a script failed, from what the server says of it: `… script: <digest>, on @user_script:<line>.`

@@ -11,6 +11,8 @@
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).
 //! * `polybus_dead`: dead letters.
+//! * `polybus_mail`: replies to requests, until somebody fetches them or their time is over. `polybus_responders`: who
+//!   answers requests, and until when that is believed. Both in boot time.
 //!
 //! Times are milliseconds, wall clock unless said otherwise.
 
@@ -53,6 +55,16 @@ CREATE TABLE polybus_dead(id INTEGER PRIMARY KEY AUTOINCREMENT, bus INTEGER NOT 
   error_stack TEXT NOT NULL, attempts INTEGER NOT NULL, first_failed_at INTEGER NOT NULL,
   last_failed_at INTEGER NOT NULL, subscription TEXT NOT NULL, reason TEXT NOT NULL, replayed_from INTEGER);
 CREATE INDEX polybus_dead_group ON polybus_dead(group_id);
+";
+
+/// What came later, for a file that has it not: versions that do not know it leave it alone.
+const LATER: &str = "
+CREATE TABLE IF NOT EXISTS polybus_mail(id INTEGER PRIMARY KEY, mailbox TEXT NOT NULL, letter BLOB NOT NULL,
+  expires_at INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS polybus_mail_box ON polybus_mail(mailbox);
+CREATE INDEX IF NOT EXISTS polybus_mail_expiry ON polybus_mail(expires_at);
+CREATE TABLE IF NOT EXISTS polybus_responders(id INTEGER PRIMARY KEY, group_id INTEGER NOT NULL,
+  alive_until INTEGER NOT NULL);
 ";
 
 /// Refuses a SQLite that may damage the file.
@@ -113,7 +125,7 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
     tune(connection)?;
     let boot = clock::boot_id();
     let known: Option<String> = if fresh { None } else { meta(connection, "boot_id")? };
-    if known.as_deref() == Some(&boot) {
+    if known.as_deref() == Some(&boot) && has_table(connection, "polybus_responders")? {
         return Ok(());
     }
     let tx = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
@@ -122,10 +134,19 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
         tx.pragma_update(None, "application_id", APPLICATION_ID)?;
         tx.pragma_update(None, "user_version", VERSION)?;
     }
-    tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
-    tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
+    tx.execute_batch(LATER)?;
+    if known.as_deref() != Some(&boot) {
+        tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
+        tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
+        tx.execute_batch("DELETE FROM polybus_mail; DELETE FROM polybus_responders;")?;
+    }
     tx.commit()?;
     Ok(())
+}
+
+fn has_table(connection: &Connection, name: &str) -> Result<bool> {
+    let sql = "SELECT EXISTS(SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1)";
+    Ok(connection.query_row(sql, [name], |row| row.get(0))?)
 }
 
 fn meta(connection: &Connection, key: &str) -> Result<Option<String>> {

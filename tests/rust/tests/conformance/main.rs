@@ -5,6 +5,7 @@
 mod delivery;
 mod lifecycle;
 mod publishing;
+mod requests;
 mod trouble;
 
 use std::sync::Arc;
@@ -48,6 +49,7 @@ fn run() -> Conclusion {
         ("delivery", delivery::ALL),
         ("trouble", trouble::ALL),
         ("lifecycle", lifecycle::ALL),
+        ("requests", requests::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
