@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polybus import _native
 from polybus._runtime import drain_logs
-from polybus.errors import InvalidHandler, Reject, Retry
+from polybus.errors import InvalidHandler, PolybusError, Reject, Retry
 
 if TYPE_CHECKING:
     from polybus._native import Event
@@ -95,6 +95,7 @@ def describe(error: BaseException) -> tuple[str, str, str]:
 
 def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
     """Tell the core what the handler raised."""
+    code = error.code if isinstance(error, PolybusError) else None
     if isinstance(error, (HandBack, KeyboardInterrupt, GeneratorExit)):
         reporter.abandoned([job])  # stopped from outside: not the event's fault
     elif isinstance(error, Reject):
@@ -102,7 +103,7 @@ def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
     elif isinstance(error, Retry):
         reporter.failed(job, *describe(error), error.after)
     else:
-        reporter.failed(job, *describe(error))
+        reporter.failed(job, *describe(error), None, code)
 
 
 # ---- coroutines ---------------------------------------------------------------------------------------------------
@@ -119,6 +120,7 @@ class LoopHandler:
         name: str,
         handler: Callable[[Event[Any]], Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
+        answers: bool = False,
     ) -> None:
         self._bus = bus
         self._name = name
@@ -126,7 +128,7 @@ class LoopHandler:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: set[int] = set()
         self._done: list[int] = []
-        self._run = self._runner(handler)
+        self._run = self._answerer(handler) if answers else self._runner(handler)
         self.gone = False
         self.subscription: _native.NativeSubscription | None = None
         # The context of each task is a copy of this one; Python 3.10 cannot be told, see `_runner`.
@@ -179,6 +181,23 @@ class LoopHandler:
                 if not done:
                     call_soon(flush)
                 done.append(job)
+
+        return run
+
+    def _answerer(self, handler: Callable[[Event[Any]], Awaitable[object]]) -> Callable[..., Coroutine[Any, Any, None]]:
+        """As `_runner`, where what the handler returns is a reply."""
+
+        async def run(job: int, event: Event[Any]) -> None:
+            current.set(self._bus)
+            try:
+                self.reporter.replied(job, await handler(event))
+            except BaseException as error:
+                self._tasks.pop(job, None)
+                self._failed(job, error)
+                if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                    raise
+            else:
+                self._tasks.pop(job, None)
 
         return run
 
@@ -306,8 +325,15 @@ class ThreadHandler:
     concurrency: int = 0
     gone = False
 
-    def __init__(self, bus: _native.NativeBus, handler: Handler, loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(
+        self,
+        bus: _native.NativeBus,
+        handler: Handler,
+        loop: asyncio.AbstractEventLoop | None,
+        answers: bool = False,
+    ) -> None:
         self._bus = bus
+        self._answers = answers
         self._handler = handler
         self._loop = None if loop is None else weakref.ref(loop)
         self.subscription: _native.NativeSubscription | None = None
@@ -317,29 +343,31 @@ class ThreadHandler:
         try:
             result = contextvars.copy_context().run(self._call, event)
             if inspect.isawaitable(result):
-                self._finish(result)
+                result = self._finish(result)
+            if self._answers:
+                self.reporter.replied(job, result)
         except BaseException as error:
             report(self.reporter, job, error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._end_program(error)
         else:
-            self.reporter.done([job])
+            if not self._answers:
+                self.reporter.done([job])
 
     def _call(self, event: Event[Any]) -> object:
         current.set(self._bus)
         return self._handler(event)
 
-    def _finish(self, result: Awaitable[object]) -> None:
+    def _finish(self, result: Awaitable[object]) -> object:
         """A plain function that returned an awaitable, such as a lambda around a coroutine: the loop runs it."""
         loop = None if self._loop is None else self._loop()
 
-        async def finish() -> None:
-            await result
+        async def finish() -> object:
+            return await result
 
         if loop is None or loop.is_closed():
-            asyncio.run(finish())
-        else:
-            asyncio.run_coroutine_threadsafe(finish(), loop).result()
+            return asyncio.run(finish())
+        return asyncio.run_coroutine_threadsafe(finish(), loop).result()
 
     def _end_program(self, error: BaseException) -> None:
         """`sys.exit()` in a handler means the program, not a thread of ours."""

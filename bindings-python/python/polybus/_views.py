@@ -28,6 +28,7 @@ class Guarantees:
     dead_letters: bool
     start_position: bool
     broadcast: bool
+    request: bool
     details: Mapping[str, str] = field(default_factory=dict)
     """What was looked at: version, file system, settings."""
     warnings: Sequence[str] = ()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from polybus import _handlers, _native, _runtime
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
+from polybus._requests import Requests
 from polybus._views import Guarantees, SubscriptionStats
 from polybus.dead_letters import DeadLetters
 from polybus.errors import DuplicateSubscription, HandlerError, HandlerTimeout, InvalidConfig, Unsupported
@@ -33,7 +34,7 @@ H = TypeVar("H", bound=Callable[..., object])
 __all__ = ["Bus"]
 
 
-class Bus:
+class Bus(Requests):
     """An event bus. Making one opens nothing, so it may stand at the top of a module.
 
     One bus may be used from several event loops and threads, and in a forked child, which connects anew and has no
@@ -265,6 +266,10 @@ class Bus:
         receipts: list[Receipt] = await _runtime.run(self._native.publish_many(events))
         return receipts
 
+    async def _ready(self) -> None:
+        if self._late or self._lazy:
+            await self._settle()
+
     async def _settle(self) -> None:
         """What must have happened before anything else does."""
         if self._lazy and not self._started and not self._native.closed:
@@ -376,7 +381,9 @@ class Bus:
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop)
+        runner = bridge.handlers[number] = LoopHandler(
+            self._native, options["name"], handler, loop, bool(options.get("respond"))
+        )
         handlers = weakref.ref(bridge)
 
         def ended() -> None:
@@ -400,7 +407,7 @@ class Bus:
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop)
+        runner = ThreadHandler(self._native, handler, loop, bool(options.get("respond")))
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(
