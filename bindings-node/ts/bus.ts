@@ -20,6 +20,7 @@ import {
 import { type Cut, Event, type MetaInput, type Received, uncut, uncutDelivered } from './event.js'
 import { describe, describeValue, optionsText } from './json.js'
 import { native } from './native.js'
+import { type RequestOptions, request } from './request.js'
 import type { RetryPolicy } from './retry.js'
 import {
   DRAIN_MS,
@@ -97,6 +98,7 @@ export interface Guarantees {
     readonly deadLetters: boolean
     readonly startPosition: boolean
     readonly broadcast: boolean
+    readonly request: boolean
   }
 }
 
@@ -121,6 +123,11 @@ interface Registration {
   options: SubscribeOptions
   name: string
   subscribed: Promise<unknown> | undefined
+}
+
+/** Said by {@link Bus.respond} alone. */
+interface Answering extends SubscribeOptions {
+  respond?: boolean
 }
 
 /** A subscription that runs, or is being made. */
@@ -328,7 +335,9 @@ export class Bus<E extends object = AnyEvents> {
     onEnd?: () => void,
   ): Promise<Subscription> {
     const home = bridge()
-    const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    const answers = (options as Answering).respond === true
+    const within: Handler = (event, context) => inside.run(this, handler, event, context)
+    const runner = home.runner(options.name as string, within, answers)
     const live: Live = {
       runner,
       holds: this.#held,
@@ -444,6 +453,45 @@ export class Bus<E extends object = AnyEvents> {
       this.#subscribe(pattern, handler, checked.options, () => events.end()),
     )
     return events
+  }
+
+  /**
+   * Publishes an event and resolves to the reply of a responder: an event with its payload, in the same chain. The
+   * request expires with `timeoutMs` (default 5000), so that no responder begins with it afterwards. Inside a handler,
+   * `bus.request(event.child(type, payload))` stays in the chain.
+   *
+   * @throws NoResponder at once, when nobody is there who answers; RequestTimeout; HandlerError when the responder failed,
+   * with its class, message and code in `remote`; BusClosed, also when the bus is closed meanwhile; the reason of an
+   * aborted `signal`; what {@link Bus.publish} throws; Unsupported on Pub/Sub.
+   */
+  request<T = any>(event: Event, options?: RequestOptions): Promise<Event<T>>
+  request<T = any, K extends TypeOf<E> = TypeOf<E>>(
+    type: K,
+    payload?: E[K] | Uint8Array,
+    meta?: MetaInput,
+    options?: RequestOptions,
+  ): Promise<Event<T>>
+  async request(...args: any[]): Promise<Event> {
+    if (this.#late.size > 0) await Promise.all(this.#late)
+    return await request(this.#native, ...(args as [string]))
+  }
+
+  /**
+   * Answers requests: what the handler returns is the payload of the reply, what it throws ends the request. Resolves, as
+   * {@link Bus.subscribe} does, when requests reach it. The options are those of a subscription, with two defaults of
+   * their own: no retries, because somebody waits (`retry` allows them, and the requester hears of the last failure
+   * only), and `deadLetter: false`. One member of a group answers; of several groups the first reply counts.
+   *
+   * @throws What {@link Bus.subscribe} throws; InvalidConfig for `broadcast`; Unsupported on Pub/Sub.
+   */
+  respond<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>): Promise<Subscription>
+  respond<K extends TypeOf<E>>(pattern: K, options: SubscribeOptions, handler: Handler<E[K]>): Promise<Subscription>
+  respond<T = any>(pattern: string, handler: Handler<T>): Promise<Subscription>
+  respond<T = any>(pattern: string, options: SubscribeOptions, handler: Handler<T>): Promise<Subscription>
+  async respond(pattern: string, first: SubscribeOptions | Handler, second?: Handler): Promise<Subscription> {
+    const [options, handler] = typeof first === 'function' ? [second ?? {}, first] : [first, second]
+    const checked = this.#check(pattern, handler, { ...options, respond: true })
+    return await this.#subscribe(checked.pattern, checked.handler, checked.options)
   }
 
   /** What holds on the live store. */

@@ -36,11 +36,13 @@ export {
   type PolybusErrorOptions,
   PublishTimeout,
   PublishUnknown,
+  type Remote,
   RequestTimeout,
   SchemaViolation,
   Unsupported,
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
+export type { RequestOptions } from './request.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
 export type {
   DrainTimeout,

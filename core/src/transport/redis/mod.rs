@@ -300,7 +300,7 @@ impl Transport for Redis {
     }
 
     fn responders(&self, event_type: Text) -> Task<Result<Option<bool>>> {
-        task!(self, "request", |shared| { mail::has_responder(&shared.partitions[0], &shared.seen, &event_type).await })
+        task!(self, "request", |shared| mail::has_responder(&shared.partitions[0], &shared.seen, &event_type).await)
     }
 
     fn post(&self, mailbox: Text, letter: Bytes, ttl: Duration) -> Task<Result<()>> {
