@@ -363,15 +363,7 @@ impl Reporter {
 
     /// This job raised. `after` asks for another attempt in that many seconds.
     #[pyo3(signature = (job, kind, message, stack, after=None, code=None))]
-    fn failed(
-        &self,
-        job: u64,
-        kind: String,
-        message: String,
-        stack: String,
-        after: Option<f64>,
-        code: Option<&str>,
-    ) {
+    fn failed(&self, job: u64, kind: String, message: String, stack: String, after: Option<f64>, code: Option<&str>) {
         let failure = Failure::new(kind, message, stack).coded(code.and_then(ErrorKind::from_code));
         let after = after.map(|after| Duration::try_from_secs_f64(after.max(0.0)).unwrap_or(Duration::MAX));
         let outcome = after.map_or(Outcome::Failed(failure.clone()), |after| Outcome::RetryAfter(after, failure));

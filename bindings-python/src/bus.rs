@@ -163,8 +163,7 @@ impl PyBus {
         meta: Option<&Bound<'_, PyDict>>,
         given: &Bound<'_, PyDict>,
     ) -> PyResult<Operation> {
-        let options =
-            RequestOptions::from_json(&options::REQUEST.json(given)?, Naming::Python).map_err(raise(py))?;
+        let options = RequestOptions::from_json(&options::REQUEST.json(given)?, Naming::Python).map_err(raise(py))?;
         let (event, bus) = (event_of(py, event, payload, raw, meta)?, self.0.clone());
         Ok(Operation::new(async move { bus.request(event, options).await }, |py, reply| {
             Ok(Py::new(py, PyEvent::new(reply))?.into_any())

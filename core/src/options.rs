@@ -156,7 +156,8 @@ impl BusOptions {
         Ok(options)
     }
 
-    pub(crate) fn settings(&self, clock: Clock) -> Settings {
+    /// What of it concerns the transport.
+    pub fn settings(&self, clock: Clock) -> Settings {
         Settings {
             bus: self.bus.as_str().into(),
             durability: self.durability,

@@ -1,6 +1,6 @@
 // The TypeScript actor: obeys one JSON command a line, tells what happens. See README.md.
 import { createInterface } from 'node:readline'
-import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
+import { Bus, type DeadLetter, Event, type PolybusError, type Subscription } from 'polybus'
 
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const text = (event: Event<unknown>) => Buffer.from(event.raw).toString()
@@ -27,6 +27,20 @@ for await (const line of createInterface({ input: process.stdin })) {
       await bus.subscribe(command.pattern, handler, { name: command.name, group: command.group, retry }),
     )
     tell({ subscribed: command.name })
+  } else if (command.do === 'respond') {
+    await bus.respond(command.pattern, { name: command.name }, async (event) => {
+      tell({ saw: event.toDict() })
+      if (command.hang) await new Promise(() => {})
+      if (command.fail) throw new Error('as the test wants ☃')
+      return { by: 'node', got: event.payload }
+    })
+    tell({ responding: command.name })
+  } else if (command.do === 'request') {
+    const request = Event.create(command.type, Buffer.from(command.payload))
+    const refused = ({ code, remote }: PolybusError) => tell({ refused: { code, remote: remote?.message ?? null } })
+    await bus
+      .request(request, { timeoutMs: command.timeoutMs })
+      .then((reply) => tell({ replied: { event: reply.toDict(), request: request.meta.id } }), refused)
   } else if (command.do === 'unsubscribe') {
     await Promise.all(subscriptions.map((subscription) => subscription.unsubscribe()))
     tell({ unsubscribed: true })

@@ -78,7 +78,11 @@ test('errors arrive at once, as what they were', async (make) => {
     throw new RangeError('sku ☃')
   })
   const remote = async (payload: unknown) => {
-    const error: PolybusError = await asking.request('quote', payload, {}, LONG).then(assert.fail, (error) => error)
+    const answer = asking.request('quote', payload, {}, LONG)
+    const error: PolybusError = await answer.then(
+      () => assert.fail('it was answered'),
+      (error) => error,
+    )
     assert.ok(error instanceof HandlerError)
     return error.remote
   }
@@ -145,7 +149,7 @@ always('a test bus starts itself, and its clock ends a request', async () => {
   await bus.respond('quote', async function quote(event) {
     if (event.payload === 1) return 7
     began()
-    await new Promise(() => {})
+    return await new Promise(() => {})
   })
   assert.equal((await bus.request('quote', 1)).payload, 7)
   const late = assert.rejects(bus.request('quote', 2, {}, { timeoutMs: 60_000 }), RequestTimeout)

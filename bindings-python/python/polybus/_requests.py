@@ -25,8 +25,6 @@ class Requests:
 
     if TYPE_CHECKING:
 
-        def on(self, pattern: str, **options: Any) -> Callable[[H], H]: ...
-        async def subscribe(self, pattern: str, handler: Any, **options: Any) -> Subscription: ...
         async def _ready(self) -> None: ...
 
     @overload
@@ -75,14 +73,17 @@ class Requests:
     ) -> Callable[[H], H] | Coroutine[Any, Any, Subscription]:
         """Answer requests: what `handler` returns is the payload of the reply, what it raises ends the request.
 
-        `@bus.respond("quote.get")` registers a handler as `on` does; `await bus.respond("quote.get", handler)` subscribes
-        it as `subscribe` does, with the same options. Two defaults differ: no retries, because somebody waits
-        (`retry=` allows them, and the requester hears of the last failure only), and `dead_letter=False`.
+        `@bus.respond("quote.get")` registers a handler as `on` does; `await bus.respond("quote.get", handler)`
+        subscribes it as `subscribe` does, with the same options. Two defaults differ: no retries, because somebody
+        waits (`retry=` allows them, and the requester hears of the last failure only), and `dead_letter=False`.
 
         One member of a group answers a request; of several groups the first reply counts. Errors: those of `subscribe`;
         `InvalidConfig` for `broadcast=True`; `Unsupported` on Pub/Sub.
         """
+        bus: Any = self
         given = {**options, "respond": True}
         if handler is None:
-            return self.on(pattern, **given)
-        return self.subscribe(pattern, handler, **given)
+            register: Callable[[H], H] = bus.on(pattern, **given)
+            return register
+        subscribing: Coroutine[Any, Any, Subscription] = bus.subscribe(pattern, handler, **given)
+        return subscribing

@@ -9,6 +9,7 @@ mod hoarding;
 mod leases;
 mod losses;
 mod memory;
+mod requests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
