@@ -20,6 +20,8 @@ use crate::transport::{Mailbox, Transport};
 const LINGER: Duration = Duration::from_secs(30);
 /// Before a read is repeated that failed.
 const AGAIN: Duration = Duration::from_millis(50);
+/// The same, when it will fail again.
+const LATER: Duration = Duration::from_secs(1);
 /// Requests that wait at one time.
 const MOST: usize = 100_000;
 
@@ -32,7 +34,7 @@ pub(crate) struct Desk {
 }
 
 struct State {
-    asked: AHashMap<Text, oneshot::Sender<Event>>,
+    asked: AHashMap<Text, oneshot::Sender<Result<Event>>>,
     reading: bool,
     /// When a request began or ended last.
     used: Instant,
@@ -42,7 +44,7 @@ struct State {
 pub(crate) struct Expected {
     desk: Arc<Desk>,
     address: Address,
-    reply: oneshot::Receiver<Event>,
+    reply: oneshot::Receiver<Result<Event>>,
 }
 
 impl Desk {
@@ -90,6 +92,12 @@ impl Desk {
             match letters {
                 Ok(letters) => letters.into_iter().for_each(|letter| self.open(letter)),
                 Err(error) if error.kind() == ErrorKind::BusClosed => break,
+                Err(error) if !error.is_retryable() => {
+                    // A missing permission, say: nobody gets a reply.
+                    let asked = std::mem::take(&mut self.state().asked);
+                    asked.into_values().for_each(|asked| drop(asked.send(Err(error.clone()))));
+                    tokio::time::sleep(LATER).await;
+                }
                 Err(error) => {
                     log::debug!("reading replies failed, again soon: {error}");
                     tokio::time::sleep(AGAIN).await;
@@ -106,12 +114,12 @@ impl Desk {
     }
 
     fn open(&self, letter: Bytes) {
-        let reply = match codec::decode(&letter, self.limit) {
+        let reply = match codec::decode(&letter, usize::MAX) {
             Ok(reply) => reply,
             Err(error) => return log::warn!("a reply cannot be read: {error}"),
         };
         let asked = header(&reply.meta, REPLY_FOR).and_then(|token| self.state().asked.remove(token));
-        let taken = asked.is_some_and(|asked| asked.send(reply).is_ok());
+        let taken = asked.is_some_and(|asked| asked.send(Ok(reply)).is_ok());
         if !taken {
             Counts::count(&self.counts.late);
             log::debug!("a reply came late, or was not the first: dropped");
@@ -128,7 +136,8 @@ impl Expected {
     /// The reply; `HandlerError` with what the responder's handler raised.
     pub async fn reply(&mut self) -> Result<Event> {
         // The sender is dropped only with the desk's entry, which is ours.
-        let reply = (&mut self.reply).await.map_err(|_| Error::bus_closed("the bus is closed"))?;
+        let reply = (&mut self.reply).await.unwrap_or_else(|_| Err(Error::bus_closed("the bus is closed")))?;
+        codec::check_payload(&reply.payload, self.desk.limit)?;
         let failed = header(&reply.meta, REPLY_STATUS) == Some("error");
         if failed { Err(remote(&reply)) } else { Ok(reply.with_meta(strip)) }
     }

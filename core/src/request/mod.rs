@@ -30,6 +30,8 @@ const REPLY_WITHIN: &str = "polybus-reply-within";
 const REPLY_FOR: &str = "polybus-reply-for";
 /// Header of a reply: `ok`, or `error` with a payload of `type`, `message` and perhaps `code`.
 const REPLY_STATUS: &str = "polybus-reply-status";
+/// Nobody posts for longer, whatever the header says: it may come from anybody.
+const LONGEST: Duration = Duration::from_secs(86_400);
 /// What all of them begin with.
 const PREFIX: &str = "polybus-reply-";
 
@@ -74,7 +76,7 @@ impl Address {
     /// Of a request; `None` for any other event, and for headers that we would not have written.
     fn of(event: &Event) -> Option<Self> {
         let (mailbox, token) = header(&event.meta, REPLY_TO)?.split_once('.')?;
-        let within = Duration::from_millis(header(&event.meta, REPLY_WITHIN)?.parse().ok()?);
+        let within = Duration::from_millis(header(&event.meta, REPLY_WITHIN)?.parse().ok()?).min(LONGEST);
         (is_secret(mailbox) && is_secret(token)).then(|| Self { mailbox: mailbox.into(), token: token.into(), within })
     }
 
