@@ -20,8 +20,10 @@ export declare class Bridge {
   take(numbers: Float64Array): string
   /** Reports jobs that are done: pairs of subscription and job. */
   complete(pairs: Float64Array, count: number): void
-  /** Reports a job that failed. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned. */
-  fail(subscription: number, job: number, kind: number, afterMs: number, name: string, message: string, stack: string): void
+  /** Reports a job that returned the reply to its request, as JSON text. */
+  reply(subscription: number, job: number, payload: string): void
+  /** Reports a job that failed, with the code of the error if it was one of ours. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned. */
+  fail(subscription: number, job: number, kind: number, afterMs: number, name: string, message: string, stack: string, code?: string | undefined | null): void
   /** The log records that wait, oldest first: pairs of level and message. */
   takeLogs(): Array<string>
   /** Logs `level` (`debug`, `info` or `warn`) and above. */
@@ -64,6 +66,8 @@ export declare class NativeBus {
    * of the calls.
    */
   publish(key: number, texts: Uint8Array, lengths: Float64Array, count: number): string | null
+  /** One request, given as an event is published. The output is the reply, as in `decodeEvent`. */
+  request(key: number, texts: Uint8Array, lengths: Float64Array, options: string): string | null
   /** For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`. */
   matching(texts: Uint8Array, lengths: Float64Array): string
   /** `id` marks the jobs. The output is `{name, group, pattern, timeoutMs}`. */

@@ -19,7 +19,7 @@ use polybus_core::codec;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{CancelReason, Outcome};
 use polybus_core::host::{Cancelled, Host, HostHandler, HostJob};
-use polybus_core::{Bus, Error, Pattern, Subscription, logs, process};
+use polybus_core::{Bus, Error, ErrorKind, Pattern, Subscription, logs, process};
 
 use crate::error::{text, throw};
 use crate::event::{lengths, units};
@@ -222,7 +222,13 @@ impl Bridge {
         }
     }
 
-    /// Reports a job that failed. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned.
+    /// Reports a job that returned the reply to its request, as JSON text.
+    #[napi]
+    pub fn reply(&self, subscription: u32, job: f64, payload: String) {
+        self.report(subscription, [(job as u64, Outcome::Replied(payload.into()))]);
+    }
+
+    /// Reports a job that failed, with the code of the error if it was one of ours. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned.
     #[napi]
     #[allow(clippy::too_many_arguments, reason = "flat arguments cross faster than an object")]
     pub fn fail(
@@ -234,8 +240,10 @@ impl Bridge {
         name: String,
         message: String,
         stack: String,
+        code: Option<String>,
     ) {
-        let failure = Failure::new(name, message, stack);
+        let code = code.as_deref().and_then(ErrorKind::from_code);
+        let failure = Failure::new(name, message, stack).coded(code);
         let outcome = match kind {
             0 => Outcome::Failed(failure),
             1 => Outcome::RetryAfter(Duration::from_secs_f64((after_ms / 1000.0).clamp(0.0, 1e9)), failure),

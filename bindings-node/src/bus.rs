@@ -147,6 +147,22 @@ impl NativeBus {
         })
     }
 
+    /// One request, given as an event is published. The output is the reply, as in `decodeEvent`.
+    #[napi]
+    pub fn request(
+        &self,
+        key: u32,
+        texts: Uint8ArraySlice,
+        lengths: Float64ArraySlice,
+        options: String,
+    ) -> napi::Result<Option<String>> {
+        let options = options::request(&options).map_err(throw)?;
+        let lengths: &[f64] = &lengths;
+        let drafts = event::drafts(&texts, &lengths[..event::DRAFT], self.bus.options().max_payload_bytes);
+        let request = all(drafts).map_err(throw)?.swap_remove(0).0.event;
+        self.start_with(key, |bus| async move { Ok(event::value(&bus.request(request, options).await?).to_string()) })
+    }
+
     /// For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`.
     #[napi]
     pub fn matching(&self, texts: Uint8ArraySlice, lengths: Float64ArraySlice) -> napi::Result<String> {
@@ -204,6 +220,7 @@ impl NativeBus {
                     "startPosition": can.start_position,
                     "broadcast": can.broadcast,
                     "ordered": can.ordered,
+                    "request": can.request,
                 },
             })
             .to_string())

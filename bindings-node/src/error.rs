@@ -24,6 +24,9 @@ fn value(error: &Error) -> Value {
         "message": error.to_string(),
         "cause": std::error::Error::source(error).map(ToString::to_string),
         "failures": failures,
+        "remote": error.remote().map(|remote| json!({
+            "type": remote.kind, "message": remote.message, "code": remote.code,
+        })),
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use polybus_core::config::{self, Config};
 use polybus_core::error::{Error, Result};
-use polybus_core::options::{Naming, PublishOptions};
+use polybus_core::options::{Naming, PublishOptions, RequestOptions};
 use polybus_core::retry::RetryPolicy;
 use polybus_core::transport::Outgoing;
 use polybus_core::{Event, SubscribeOptions};
@@ -59,6 +59,10 @@ pub fn subscribe(json: &str) -> Result<SubscribeOptions> {
 
 pub fn publish(json: &str) -> Result<PublishOptions> {
     PublishOptions::from_json(&snake(json)?, Naming::TypeScript)
+}
+
+pub fn request(json: &str) -> Result<RequestOptions> {
+    RequestOptions::from_json(&snake(json)?, Naming::TypeScript)
 }
 
 /// `event` with the schedule that `options` gives.

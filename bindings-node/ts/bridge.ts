@@ -8,9 +8,9 @@
  */
 import { AsyncLocalStorage, AsyncResource } from 'node:async_hooks'
 import { setInterval } from 'node:timers'
-import { BusClosed, Failed, fromNative, HandlerTimeout, LeaseLost } from './errors.js'
+import { BusClosed, Failed, fromNative, HandlerTimeout, LeaseLost, PolybusError } from './errors.js'
 import { deliver, type Received } from './event.js'
-import { failureOf } from './json.js'
+import { failureOf, payloadText } from './json.js'
 import { native } from './native.js'
 import { isReject, isRetry } from './retry.js'
 
@@ -96,6 +96,8 @@ export class Runner {
     readonly id: number,
     readonly name: string,
     public handler: Handler,
+    /** What the handler returns answers requests. */
+    readonly answers: boolean,
   ) {}
 }
 
@@ -169,10 +171,10 @@ export class Bridge {
   }
 
   /** A runner for a new subscription. */
-  runner(name: string, handler: Handler): Runner {
+  runner(name: string, handler: Handler, answers: boolean): Runner {
     do this.#lastRunner = (this.#lastRunner + 1) >>> 0
     while (this.#runners.has(this.#lastRunner))
-    const runner = new Runner(this.#lastRunner, name, handler)
+    const runner = new Runner(this.#lastRunner, name, handler, answers)
     this.#runners.set(runner.id, runner)
     return runner
   }
@@ -212,7 +214,7 @@ export class Bridge {
         const job = numbers[at + 1] as number
         if (runner?.id !== subscription) runner = this.#runners.get(subscription)
         if (runner === undefined) {
-          this.#native.fail(subscription, job, ABANDONED, 0, '', '', '')
+          this.#native.fail(subscription, job, ABANDONED, 0, '', '', '', null)
         } else {
           const event = deliver(
             text.substring(start, end),
@@ -279,15 +281,32 @@ export class Bridge {
       )
       if (isThenable(result)) {
         Promise.resolve(result).then(
-          () => this.#succeeded(context),
+          (value) => this.#returned(context, value),
           (error) => this.#failed(context, error),
         )
       } else {
-        this.#succeeded(context)
+        this.#returned(context, result)
       }
     } catch (error) {
       this.#failed(context, error)
     }
+  }
+
+  #returned(context: Context, value: unknown): void {
+    const { runner, job } = context
+    if (!runner.answers) {
+      this.#succeeded(context)
+      return
+    }
+    let text: string
+    try {
+      text = payloadText(value === undefined ? null : value)
+    } catch (error) {
+      this.#failed(context, error)
+      return
+    }
+    runner.jobs.delete(job)
+    this.#native.reply(runner.id, job, text)
   }
 
   #succeeded({ runner, job }: Context): void {
@@ -315,12 +334,13 @@ export class Bridge {
     runner.jobs.delete(job)
     this.#flush()
     if (error === HAND_BACK) {
-      this.#native.fail(runner.id, job, ABANDONED, 0, '', '', '')
+      this.#native.fail(runner.id, job, ABANDONED, 0, '', '', '', null)
       return
     }
     const { name, message, stack } = failureOf(error)
-    if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack)
-    else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack)
+    const code = error instanceof PolybusError ? error.code : null
+    if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack, code)
+    else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack, code)
   }
 }
 

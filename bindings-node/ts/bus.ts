@@ -23,6 +23,7 @@ import {
   type UseOptions,
 } from './middleware.js'
 import { native } from './native.js'
+import { type RequestOptions, request } from './request.js'
 import type { RetryPolicy } from './retry.js'
 import { DRAIN_MS, Events, type EventsOptions, type SubscribeOptions, Subscription } from './subscription.js'
 import { handleNow, isSync } from './sync.js'
@@ -79,6 +80,11 @@ export type TypeOf<E> = Extract<keyof E, string>
 
 /** A runtime that lacks the symbol cannot say `await using`, but what compilers make of it finds this one. */
 const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
+
+/** Said by {@link Bus.respond} alone. */
+interface Answering extends SubscribeOptions {
+  respond?: boolean
+}
 
 /** The bound object of a bus, for the test kit. */
 export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
@@ -348,7 +354,8 @@ export class Bus<E extends object = AnyEvents> {
       await made.catch(() => undefined)
       if (this.#live.has(old)) await run((key) => home.native.drain(key, runner.id, DRAIN_MS)).then(ended)
     }
-    const runner = home.runner(options.name as string, this.#wired(handler))
+    const answers = (options as Answering).respond === true
+    const runner = home.runner(options.name as string, this.#wired(handler), answers)
     const live: Live = {
       runner,
       handler,
@@ -519,6 +526,45 @@ export class Bus<E extends object = AnyEvents> {
       this.#subscribe(pattern, handler, checked.options, () => events.end(), false),
     )
     return events
+  }
+
+  /**
+   * Publishes an event and resolves to the reply of a responder: an event with its payload, in the same chain. The
+   * request expires with `timeoutMs` (default 5000), so that no responder begins with it afterwards. Inside a handler,
+   * `bus.request(event.child(type, payload))` stays in the chain.
+   *
+   * @throws NoResponder at once, when nobody is there who answers; RequestTimeout; HandlerError when the responder failed,
+   * with its class, message and code in `remote`; BusClosed, also when the bus is closed meanwhile; the reason of an
+   * aborted `signal`; what {@link Bus.publish} throws; Unsupported on Pub/Sub.
+   */
+  request<T = any>(event: Event, options?: RequestOptions): Promise<Event<T>>
+  request<T = any, K extends TypeOf<E> = TypeOf<E>>(
+    type: K,
+    payload?: E[K] | Uint8Array,
+    meta?: MetaInput,
+    options?: RequestOptions,
+  ): Promise<Event<T>>
+  async request(...args: any[]): Promise<Event> {
+    if (this.#late.size > 0) await Promise.all(this.#late)
+    return await request(this.#native, ...(args as [string]))
+  }
+
+  /**
+   * Answers requests: what the handler returns is the payload of the reply, what it throws ends the request. Resolves, as
+   * {@link Bus.subscribe} does, when requests reach it. The options are those of a subscription, with two defaults of
+   * their own: no retries, because somebody waits (`retry` allows them, and the requester hears of the last failure
+   * only), and `deadLetter: false`. One member of a group answers; of several groups the first reply counts.
+   *
+   * @throws What {@link Bus.subscribe} throws; InvalidConfig for `broadcast`; Unsupported on Pub/Sub.
+   */
+  respond<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>): Promise<Subscription>
+  respond<K extends TypeOf<E>>(pattern: K, options: SubscribeOptions, handler: Handler<E[K]>): Promise<Subscription>
+  respond<T = any>(pattern: string, handler: Handler<T>): Promise<Subscription>
+  respond<T = any>(pattern: string, options: SubscribeOptions, handler: Handler<T>): Promise<Subscription>
+  async respond(pattern: string, first: SubscribeOptions | Handler, second?: Handler): Promise<Subscription> {
+    const [options, handler] = typeof first === 'function' ? [second ?? {}, first] : [first, second]
+    const checked = this.#check(pattern, handler, { ...options, respond: true })
+    return await this.#subscribe(checked.pattern, checked.handler, checked.options)
   }
 
   /** What holds on the live store. */

@@ -14,10 +14,20 @@ export interface ItemFailure {
   readonly error: PolybusError
 }
 
+/** What a responder threw, perhaps in another language. Its stack stays with it. */
+export interface Remote {
+  /** Class of the error. */
+  readonly type: string
+  readonly message: string
+  /** Its `code`, if it was a `PolybusError`. */
+  readonly code: string | null
+}
+
 /** What an error may carry beside its message. */
 export interface PolybusErrorOptions {
   cause?: unknown
   failures?: readonly ItemFailure[]
+  remote?: Remote
 }
 
 /** The base of every error that polybus throws. */
@@ -28,11 +38,14 @@ export class PolybusError extends Error {
   declare readonly retryable: boolean
   /** For a call on many things: which failed, and why. All others were accepted, unless the message says otherwise. */
   readonly failures: readonly ItemFailure[]
+  /** For a request whose responder failed: what its handler threw. */
+  declare readonly remote?: Remote
 
   constructor(message: string, options: PolybusErrorOptions = {}) {
     super(message, 'cause' in options ? { cause: options.cause } : undefined)
     this.failures = options.failures ?? []
     if (this.failures.length === 0) Object.defineProperty(this, 'failures', { enumerable: false })
+    if (options.remote !== undefined) this.remote = options.remote
   }
 
   // biome-ignore-start lint/complexity/noThisInStatic: each subclass inherits this and asks about itself
@@ -72,7 +85,7 @@ export class BufferFull extends PolybusError {}
 export class BusClosed extends PolybusError {}
 /** The transport does not have this capability. */
 export class Unsupported extends PolybusError {}
-/** A handler failed; its own error is the `cause`. */
+/** A handler failed; its own error is the `cause`, or for a request, what is known of it is `remote`. */
 export class HandlerError extends PolybusError {}
 /** A handler ran longer than its timeout. */
 export class HandlerTimeout extends PolybusError {}
@@ -138,12 +151,17 @@ interface Report {
   message: string
   cause: string | null
   failures: { index: number; error: Report }[]
+  remote: Remote | null
 }
 
-function build({ code, message, cause, failures }: Report): PolybusError {
+function build({ code, message, cause, failures, remote }: Report): PolybusError {
   const kind = BY_CODE.get(code) ?? PolybusError
   const listed = failures.map(({ index, error }) => ({ index, error: build(error) }))
-  return new kind(message, { ...(cause === null ? {} : { cause: new Error(cause) }), failures: listed })
+  return new kind(message, {
+    ...(cause === null ? {} : { cause: new Error(cause) }),
+    ...(remote === null ? {} : { remote }),
+    failures: listed,
+  })
 }
 
 /** The failure of an operation, as text. An async function makes the error of it, so that the stack is the caller's. */

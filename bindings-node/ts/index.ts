@@ -36,6 +36,7 @@ export {
   type PolybusErrorOptions,
   PublishTimeout,
   PublishUnknown,
+  type Remote,
   RequestTimeout,
   SchemaViolation,
   Unsupported,
@@ -48,6 +49,7 @@ export type {
   PublishNext,
   UseOptions,
 } from './middleware.js'
+export type { RequestOptions } from './request.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
 export { type CloseOnSignalsOptions, closeOnSignals } from './shutdown.js'
 export type {

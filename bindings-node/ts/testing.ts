@@ -11,6 +11,7 @@ import { bridge, type Handler, run } from './bridge.js'
 import { type AnyEvents, Bus, type BusOptions, nativeOf, type Receipt, type TypeOf } from './bus.js'
 import { call, InvalidConfig, RequestTimeout } from './errors.js'
 import { type Cut, type Event, type MetaInput, type Received, uncut } from './event.js'
+import type { RequestOptions } from './request.js'
 import type { Events, EventsOptions, SubscribeOptions } from './subscription.js'
 
 /** A handler that remembers. */
@@ -172,6 +173,18 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
     const receipt = await (super.publish as (...args: any[]) => Promise<Receipt>)(...args)
     this.#keep()
     return receipt
+  }
+
+  override request<T = any>(event: Event, options?: RequestOptions): Promise<Event<T>>
+  override request<T = any, K extends TypeOf<E> = TypeOf<E>>(
+    type: K,
+    payload?: E[K] | Uint8Array,
+    meta?: MetaInput,
+    options?: RequestOptions,
+  ): Promise<Event<T>>
+  override async request(...args: any[]): Promise<Event> {
+    await this.#ready()
+    return await (super.request as (...args: any[]) => Promise<Event>)(...args)
   }
 
   override async publishMany(events: readonly (Event | Draft)[]): Promise<Receipt[]> {

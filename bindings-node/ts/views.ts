@@ -33,6 +33,7 @@ export interface Guarantees {
     readonly startPosition: boolean
     readonly broadcast: boolean
     readonly ordered: boolean
+    readonly request: boolean
   }
 }
 

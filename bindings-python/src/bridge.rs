@@ -18,7 +18,7 @@ use polybus_core::delivery::Failure;
 use polybus_core::event::Text;
 use polybus_core::handler::Outcome;
 use polybus_core::host::{Host, HostHandler, HostJob};
-use polybus_core::{Result, process};
+use polybus_core::{ErrorKind, Result, codec, process};
 use pyo3::PyClass;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
@@ -26,7 +26,7 @@ use pyo3::prelude::*;
 
 use crate::error::to_py;
 use crate::event::{Delivery, PyEvent};
-use crate::log;
+use crate::{json, log};
 
 /// Turns a result of the core into a Python object, where the GIL is held.
 type Convert = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
@@ -354,10 +354,17 @@ impl Reporter {
         self.report(jobs.into_iter().map(|job| (job, Outcome::Abandoned)));
     }
 
+    /// This job returned what is the reply to its request.
+    fn replied(&self, job: u64, payload: &Bound<'_, PyAny>) -> PyResult<()> {
+        let payload = json::encode(payload, "reply", codec::MAX_DEPTH)?;
+        self.report([(job, Outcome::Replied(payload.into()))]);
+        Ok(())
+    }
+
     /// This job raised. `after` asks for another attempt in that many seconds.
-    #[pyo3(signature = (job, kind, message, stack, after=None))]
-    fn failed(&self, job: u64, kind: String, message: String, stack: String, after: Option<f64>) {
-        let failure = Failure::new(kind, message, stack);
+    #[pyo3(signature = (job, kind, message, stack, after=None, code=None))]
+    fn failed(&self, job: u64, kind: String, message: String, stack: String, after: Option<f64>, code: Option<&str>) {
+        let failure = Failure::new(kind, message, stack).coded(code.and_then(ErrorKind::from_code));
         let after = after.map(|after| Duration::try_from_secs_f64(after.max(0.0)).unwrap_or(Duration::MAX));
         let outcome = after.map_or(Outcome::Failed(failure.clone()), |after| Outcome::RetryAfter(after, failure));
         self.report([(job, outcome)]);

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use polybus_core::options::{DeadLetterQuery, Mode, Naming, OnDuplicate, PublishOptions};
+use polybus_core::options::{DeadLetterQuery, Mode, Naming, OnDuplicate, PublishOptions, RequestOptions};
 use polybus_core::transport::{GroupStats, Outgoing, Receipt};
 use polybus_core::{Bus, BusOptions, Result, SubscribeOptions, Subscription, process};
 use pyo3::exceptions::PyTypeError;
@@ -161,6 +161,24 @@ impl PyBus {
         }))
     }
 
+    /// One request, given as an event is published. Resolves to the reply.
+    #[pyo3(signature = (event, payload, raw, meta, given))]
+    fn request(
+        &self,
+        py: Python<'_>,
+        event: &Bound<'_, PyAny>,
+        payload: Option<&Bound<'_, PyAny>>,
+        raw: Option<&Bound<'_, PyAny>>,
+        meta: Option<&Bound<'_, PyDict>>,
+        given: &Bound<'_, PyDict>,
+    ) -> PyResult<Operation> {
+        let options = RequestOptions::from_json(&options::REQUEST.json(given)?, Naming::Python).map_err(raise(py))?;
+        let (event, bus) = (event_of(py, event, payload, raw, meta)?, self.0.clone());
+        Ok(Operation::new(async move { bus.request(event, options).await }, |py, reply| {
+            Ok(Py::new(py, PyEvent::new(reply))?.into_any())
+        }))
+    }
+
     /// The mode of this publish.
     fn mode_of(&self, py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<&'static str> {
         Ok(word(publish_options(py, Some(given))?.mode.unwrap_or(self.0.options().mode)))
@@ -239,6 +257,7 @@ impl PyBus {
             facts.set_item("start_position", can.start_position)?;
             facts.set_item("broadcast", can.broadcast)?;
             facts.set_item("ordered", can.ordered)?;
+            facts.set_item("request", can.request)?;
             let details = PyDict::new(py);
             for (name, value) in found.details {
                 details.set_item(name, value)?;

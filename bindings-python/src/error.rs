@@ -34,6 +34,11 @@ fn instance<'py>(py: Python<'py>, error: &Error) -> PyResult<Bound<'py, PyAny>> 
     if !failures.is_empty() {
         exception.setattr(intern!(py, "failures"), failures)?;
     }
+    if let Some(remote) = error.remote() {
+        let class = py.import("polybus.errors")?.getattr("Remote")?;
+        let told = class.call1((&remote.kind, &remote.message, remote.code.as_deref()))?;
+        exception.setattr(intern!(py, "remote"), told)?;
+    }
     if let Some(source) = std::error::Error::source(error) {
         let cause = PyRuntimeError::new_err(source.to_string());
         exception.setattr(intern!(py, "__cause__"), cause.into_value(py))?;

@@ -76,6 +76,7 @@ pub const SUBSCRIBE: Options = Options {
         ("broadcast", Plain),
         ("ordered", Plain),
         ("dead_letter", Plain),
+        ("respond", Plain),
         ("batch", Later),
         ("idempotent", Later),
         ("breaker", Later),
@@ -84,6 +85,8 @@ pub const SUBSCRIBE: Options = Options {
 
 pub const PUBLISH: Options =
     Options { what: "publish()", known: &[("delay", Seconds), ("expires_in", Seconds), ("mode", Plain)] };
+
+pub const REQUEST: Options = Options { what: "request()", known: &[("timeout", Seconds)] };
 
 pub const DEAD_LETTERS: Options = Options {
     what: "dead_letters",
@@ -135,12 +138,12 @@ impl Options {
     }
 
     fn unknown(&self, name: &str) -> PyErr {
-        let hint = match nearest(name, self.known.iter().map(|(known, _)| *known)) {
+        // These two are said by a test bus and by `respond`, not by users.
+        let told = |name: &&str| !matches!(*name, "virtual_clock" | "respond");
+        let known = || self.known.iter().map(|(known, _)| *known).filter(told);
+        let hint = match nearest(name, known()) {
             Some(near) => format!("did you mean {near}?"),
-            None => {
-                let known = self.known.iter().map(|(known, _)| *known).filter(|name| *name != "virtual_clock");
-                format!("it knows {}", known.collect::<Vec<_>>().join(", "))
-            }
+            None => format!("it knows {}", known().collect::<Vec<_>>().join(", ")),
         };
         PyTypeError::new_err(format!("{} got an unexpected keyword argument {name:?}; {hint}", self.what))
     }

@@ -117,6 +117,7 @@ async fn consume(url: &str, events: u64) -> Result<Value, Failure> {
         broadcast: false,
         ordered: false,
         lease: Duration::from_secs(30),
+        responder: false,
     };
     let source = bus.subscribe(spec).await?;
     say(&json!({ "ready": true }))?;

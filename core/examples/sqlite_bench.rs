@@ -47,6 +47,7 @@ fn spec(group: &str, pattern: &str) -> Result<GroupSpec> {
         broadcast: false,
         ordered: false,
         lease: Duration::from_secs(30),
+        responder: false,
     })
 }
 

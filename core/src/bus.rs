@@ -1,5 +1,7 @@
 //! The bus: options, a transport that is opened on first use, and the subscriptions of this process.
 
+mod requests;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -18,6 +20,7 @@ use crate::metrics::{Ledger, Origin};
 use crate::options::{BusOptions, SubscribeOptions};
 use crate::pattern::Pattern;
 use crate::process::{self, PerProcess};
+use crate::request::{self, Desk};
 use crate::subscription::{Counters, Facts, Subscription, Wish};
 use crate::testkit::{Faults, Published};
 use crate::transport::{self, Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Transport};
@@ -46,6 +49,7 @@ struct State {
     session: Mutex<Arc<Session>>,
     published: AtomicU64,
     publish_failed: AtomicU64,
+    requests: Arc<request::Counts>,
     by_origin: Ledger<u64>,
     sample: Mutex<Sample>,
 }
@@ -62,6 +66,8 @@ struct Sample {
 struct Session {
     transport: OnceCell<Arc<dyn Transport>>,
     subscriptions: Mutex<Vec<Subscription>>,
+    /// Where replies arrive; there since the first request.
+    desk: std::sync::OnceLock<Arc<Desk>>,
     closed: watch::Sender<bool>,
 }
 
@@ -99,6 +105,7 @@ impl Bus {
             session: Mutex::default(),
             published: AtomicU64::new(0),
             publish_failed: AtomicU64::new(0),
+            requests: Arc::default(),
             by_origin: Ledger::default(),
             sample: Mutex::default(),
         })
@@ -269,23 +276,32 @@ impl Bus {
             broadcast: options.broadcast,
             ordered: options.ordered,
             lease: bus.lease,
+            responder: options.respond,
         };
         // Dropped on failure or cancellation: that ends the subscription and frees its name.
         let ending = EndGuard(ended_tx);
-        let source = async {
+        let joined = async {
             let transport = self.transport(&session).await?;
             if spec.ordered && !transport.capabilities().ordered {
                 return Err(Error::unsupported(
                     "this transport keeps no order per partition key; leave ordered out, or use sqlite:// or redis://",
                 ));
             }
-            transport.subscribe(spec).await
+            if options.respond {
+                requests::check_responder(&transport, &options)?;
+            }
+            Ok((transport.subscribe(spec).await?, transport))
         };
-        let source = source.await.map_err(|error| error.during("subscribe"))?;
+        let (source, transport) = joined.await.map_err(|error: Error| error.during("subscribe"))?;
         if !options.broadcast {
             process::current().leases.keep(&source, bus.lease);
         }
         let concurrency = options.concurrency.unwrap_or(bus.worker_count).min(bus.buffer_size);
+        let retry = options.retry.unwrap_or_else(|| bus.retry.clone());
+        let handler = match options.respond {
+            false => handler,
+            true => self.responder(handler, transport, &retry, options.timeout),
+        };
         let dispatcher = Dispatcher {
             source,
             handler,
@@ -293,7 +309,7 @@ impl Bus {
                 label: format!("{group} ({})", subscription.pattern()),
                 concurrency,
                 prefetch: options.prefetch.min(bus.buffer_size - concurrency),
-                retry: options.retry.unwrap_or_else(|| bus.retry.clone()),
+                retry,
                 timeout: options.timeout,
                 dead_letter: !options.drop_dead,
                 broadcast: options.broadcast,

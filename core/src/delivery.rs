@@ -12,6 +12,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::error::ErrorKind;
 use crate::event::Event;
 
 /// The right to settle one delivery. The token changes each time the delivery is taken.
@@ -63,6 +64,8 @@ pub struct Failure {
     pub message: String,
     /// Its stack or traceback.
     pub stack: String,
+    /// Which of ours it is, if it is one; told to whoever made a request, not kept with dead letters.
+    pub code: Option<ErrorKind>,
 }
 
 /// The most that is kept of each part of a [`Failure`].
@@ -71,7 +74,13 @@ pub const MAX_FAILURE_TEXT: usize = 4096;
 impl Failure {
     /// A failure with its parts cut to [`MAX_FAILURE_TEXT`] bytes at a character boundary.
     pub fn new(kind: impl Into<String>, message: impl Into<String>, stack: impl Into<String>) -> Self {
-        Self { kind: cut(kind.into()), message: cut(message.into()), stack: cut(stack.into()) }
+        Self { kind: cut(kind.into()), message: cut(message.into()), stack: cut(stack.into()), code: None }
+    }
+
+    /// The same, as an error of ours.
+    #[must_use]
+    pub fn coded(self, code: Option<ErrorKind>) -> Self {
+        Self { code, ..self }
     }
 }
 

@@ -222,7 +222,7 @@ impl Dispatcher {
         self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
         let done = matches!(outcome, Outcome::Done);
         let settlement = match outcome {
-            Outcome::Done => {
+            Outcome::Done | Outcome::Replied(_) => {
                 Counters::count(&self.counters.completed);
                 Settlement { lease, verdict: Verdict::Ack }
             }

@@ -30,6 +30,11 @@ macro_rules! kinds {
                 match self { $(ErrorKind::$kind => stringify!($kind),)* }
             }
 
+            /// The kind with that code.
+            pub fn from_code(code: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|kind| kind.code() == code)
+            }
+
             /// Whether the same call may succeed later without a change by the caller.
             pub const fn is_retryable(self) -> bool {
                 match self { $(ErrorKind::$kind => $retryable,)* }
@@ -79,6 +84,17 @@ kinds! {
     NoResponder = "no_responder", retryable: true;
 }
 
+/// What a handler in another process raised. Its stack stays there: it shows the inside of another service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remote {
+    /// Class of the error.
+    pub kind: String,
+    /// Its message.
+    pub message: String,
+    /// The code, if it was an error of polybus.
+    pub code: Option<String>,
+}
+
 /// A failure: its kind, what was being done, a message that says what to do next, and the cause.
 ///
 /// Cheap to clone, because one failed commit answers many callers.
@@ -90,13 +106,15 @@ struct Inner {
     message: String,
     operation: Option<&'static str>,
     failures: Vec<(usize, Error)>,
+    remote: Option<Remote>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// A failure of `kind`. The message says what happened and what to do next, without secrets or payloads.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, message: message.into(), operation: None, failures: Vec::new(), source: None }))
+        let message = message.into();
+        Self(Arc::new(Inner { kind, message, operation: None, failures: Vec::new(), remote: None, source: None }))
     }
 
     /// Adds what was being done, once, where it is known.
@@ -117,12 +135,19 @@ impl Error {
         self.edit(|inner| inner.failures = failures)
     }
 
+    /// Adds what a handler in another process raised.
+    #[must_use]
+    pub fn from_remote(self, remote: Remote) -> Self {
+        self.edit(|inner| inner.remote = Some(remote))
+    }
+
     fn edit(self, change: impl FnOnce(&mut Inner)) -> Self {
         let mut inner = Arc::try_unwrap(self.0).unwrap_or_else(|shared| Inner {
             kind: shared.kind,
             message: shared.message.clone(),
             operation: shared.operation,
             failures: shared.failures.clone(),
+            remote: shared.remote.clone(),
             source: None,
         });
         change(&mut inner);
@@ -147,6 +172,11 @@ impl Error {
     /// For a call on many things: which failed (index in the caller's list) and why. All others were accepted.
     pub fn failures(&self) -> &[(usize, Error)] {
         &self.0.failures
+    }
+
+    /// For a request whose responder failed: what its handler raised.
+    pub fn remote(&self) -> Option<&Remote> {
+        self.0.remote.as_ref()
     }
 
     /// Whether the same call may succeed later without a change by the caller.

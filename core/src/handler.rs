@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::delivery::{Delivery, Failure};
@@ -36,6 +37,8 @@ impl Job {
 pub enum Outcome {
     /// It returned.
     Done,
+    /// It returned this payload, JSON text, for whoever made the request; without a request the same as `Done`.
+    Replied(Bytes),
     /// It failed; the policy decides.
     Failed(Failure),
     /// It asked for another attempt after this long.

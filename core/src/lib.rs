@@ -2,7 +2,7 @@
 //!
 //! An event walks one way through these modules, and each imports only those named before it:
 //!
-//! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → bus → host`
+//! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → request → bus → host`
 //!
 //! `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod options;
 pub mod pattern;
 pub mod process;
+pub mod request;
 pub mod retry;
 pub mod subscription;
 mod testkit;

@@ -169,7 +169,8 @@ impl BusOptions {
         Ok(options)
     }
 
-    pub(crate) fn settings(&self, clock: Clock) -> Settings {
+    /// What of it concerns the transport.
+    pub fn settings(&self, clock: Clock) -> Settings {
         Settings {
             bus: self.bus.as_str().into(),
             durability: self.durability,
@@ -224,12 +225,20 @@ pub struct SubscribeOptions {
     pub ordered: bool,
     /// Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true.
     pub drop_dead: bool,
+    /// What the handler returns answers requests: see [`Bus::respond`](crate::Bus::respond). Changes the defaults: no
+    /// retries, because somebody waits, and no dead letters. Default false.
+    pub respond: bool,
 }
 
 impl SubscribeOptions {
     /// Options of a subscription of that name.
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), ..Self::default() }
+    }
+
+    /// Options of a responder of that name.
+    pub fn responder(name: impl Into<String>) -> Self {
+        Self { respond: true, drop_dead: true, retry: Some(RetryPolicy::NONE), ..Self::new(name) }
     }
 
     /// The durable group of this subscription in `service`.
@@ -243,20 +252,45 @@ impl SubscribeOptions {
         let Some(name) = from.string("name")? else {
             return Err(Error::invalid_config("the subscription has no name; pass one, like name=\"audit\""));
         };
+        let respond = from.boolean("respond")?.unwrap_or(false);
         let options = Self {
+            respond,
             name: check_label("name", &name)?,
             group: from.string("group")?.map(|group| check_label("group", &group)).transpose()?,
             concurrency: from.integer("concurrency", 1..=100_000)?.map(|n| n as usize),
             prefetch: from.integer("prefetch", 0..=100_000)?.map_or(0, |n| n as usize),
-            retry: from.retry("retry")?,
+            retry: from.retry("retry")?.or(respond.then_some(RetryPolicy::NONE)),
             timeout: from.duration("timeout_ms", Duration::from_millis(1))?,
             start: from.start("start")?.unwrap_or_default(),
             broadcast: from.boolean("broadcast")?.unwrap_or(false),
             ordered: from.boolean("ordered")?.unwrap_or(false),
-            drop_dead: !from.boolean("dead_letter")?.unwrap_or(true),
+            drop_dead: !from.boolean("dead_letter")?.unwrap_or(!respond),
         };
         from.finish()?;
         Ok(options)
+    }
+}
+
+/// Options of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestOptions {
+    /// How long to wait for the reply. Default 5 s.
+    pub timeout: Duration,
+}
+
+impl Default for RequestOptions {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(5) }
+    }
+}
+
+impl RequestOptions {
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("request", json, naming)?;
+        let timeout = from.duration("timeout_ms", Duration::from_millis(1))?.unwrap_or(Self::default().timeout);
+        from.finish()?;
+        Ok(Self { timeout })
     }
 }
 
@@ -485,7 +519,9 @@ impl Reader {
     fn finish(self) -> Result<()> {
         let Some(unknown) = self.values.keys().next() else { return Ok(()) };
         let word = self.naming.word(unknown);
-        let known: Vec<_> = self.known.iter().map(|name| self.naming.word(name)).collect();
+        // `respond` is what `bus.respond` says, nobody else.
+        let known = self.known.iter().filter(|name| **name != "respond");
+        let known: Vec<_> = known.map(|name| self.naming.word(name)).collect();
         let hint = nearest(&word, known.iter().map(String::as_str))
             .map_or_else(|| format!("known: {}", known.join(", ")), |near| format!("did you mean {near}?"));
         Err(Error::invalid_config(format!("unknown {} option {word}; {hint}", self.what)))

@@ -40,6 +40,15 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
+    /// One attempt and no other.
+    pub const NONE: Self = Self {
+        max_retries: 0,
+        initial_delay: Duration::ZERO,
+        max_delay: Duration::ZERO,
+        factor: 1.0,
+        jitter: Jitter::None,
+    };
+
     /// The delay after failed attempt number `attempt` (from 1), or `None` to give up.
     ///
     /// `random` lies in `0.0..1.0` and spreads the delay; the same inputs give the same delay in every language.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from polybus import Bus, Event, RetryPolicy
+from polybus import Bus, Event, HandlerError, PolybusError, RetryPolicy
 
 
 def tell(value: dict[str, Any]) -> None:
@@ -48,6 +48,11 @@ async def main(url: str, bus_name: str) -> None:
                     tell({"tracing": True})
                 case "spans":
                     tell({"spans": [json.loads(span.to_json()) for span in spans.get_finished_spans()]})
+                case "respond":
+                    await bus.respond(command["pattern"], responder_for(command), name=command["name"])
+                    tell({"responding": command["name"]})
+                case "request":
+                    tell(await asked(bus, command))
                 case "unsubscribe":
                     for subscription in subscriptions:
                         await subscription.unsubscribe()
@@ -87,6 +92,28 @@ def described(letter: Any) -> dict[str, Any]:
         "group": letter.group,
         "error": letter.error.message,
     }
+
+
+def responder_for(command: dict[str, Any]) -> Any:
+    async def respond(event: Event[Any]) -> dict[str, Any]:
+        tell({"saw": event.to_dict()})
+        if command.get("hang"):
+            await asyncio.Event().wait()
+        if command.get("fail"):
+            raise ValueError("as the test wants ☃")
+        return {"by": "python", "got": event.payload}
+
+    return respond
+
+
+async def asked(bus: Bus, command: dict[str, Any]) -> dict[str, Any]:
+    request = Event.create(command["type"], raw=command["payload"].encode())
+    try:
+        reply = await bus.request(request, timeout=command["timeoutMs"] / 1000)
+    except PolybusError as error:
+        remote = error.remote.message if isinstance(error, HandlerError) and error.remote else None
+        return {"refused": {"code": error.code, "remote": remote}}
+    return {"replied": {"event": reply.to_dict(), "request": request.meta.id}}
 
 
 def handler_for(command: dict[str, Any]) -> Any:

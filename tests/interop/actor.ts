@@ -3,7 +3,7 @@ import { appendFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { BasicTracerProvider, InMemorySpanExporter, SimpleSpanProcessor } from '@opentelemetry/sdk-trace-base'
-import { Bus, type DeadLetter, Event, type Subscription } from 'polybus'
+import { Bus, type DeadLetter, Event, type PolybusError, type Subscription } from 'polybus'
 import { instrument } from 'polybus/opentelemetry'
 
 const tell = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
@@ -50,6 +50,20 @@ for await (const line of createInterface({ input: process.stdin })) {
       attributes: span.attributes,
     }))
     tell({ spans })
+  } else if (command.do === 'respond') {
+    await bus.respond(command.pattern, { name: command.name }, async (event) => {
+      tell({ saw: event.toDict() })
+      if (command.hang) await new Promise(() => {})
+      if (command.fail) throw new Error('as the test wants ☃')
+      return { by: 'node', got: event.payload }
+    })
+    tell({ responding: command.name })
+  } else if (command.do === 'request') {
+    const request = Event.create(command.type, Buffer.from(command.payload))
+    const refused = ({ code, remote }: PolybusError) => tell({ refused: { code, remote: remote?.message ?? null } })
+    await bus
+      .request(request, { timeoutMs: command.timeoutMs })
+      .then((reply) => tell({ replied: { event: reply.toDict(), request: request.meta.id } }), refused)
   } else if (command.do === 'unsubscribe') {
     await Promise.all(subscriptions.map((subscription) => subscription.unsubscribe()))
     tell({ unsubscribed: true })

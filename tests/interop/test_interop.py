@@ -232,3 +232,33 @@ def test_two_languages_keep_the_order_of_each_key(stage: Stage, tmp_path: Path, 
                 assert before == ("begin", number), (key, steps)
                 ended = number
         assert ended == numbers[-1]
+@pytest.mark.parametrize(("requester", "responder"), PAIRS)
+def test_one_language_asks_and_another_answers(stage: Stage, requester: str, responder: str) -> None:
+    asks, answers = stage.actor(requester), stage.actor(responder)
+    facts: dict[str, Any] = {"type": "quote.get", "payload": '{"q":"é☃","n":7}', "timeoutMs": DEADLINE * 1000}
+    assert asks.ask("refused", "request", **facts) == {"code": "no_responder", "remote": None}
+    answers.ask("responding", "respond", pattern="quote.*", name="quote")
+    told = asks.ask("replied", "request", **facts)
+    seen = answers.wait("saw")["saw"]
+    assert seen["meta"]["id"] == told["request"]
+    reply = told["event"]
+    assert (reply["type"], reply["payload"]) == ("quote.get", {"by": responder, "got": {"q": "é☃", "n": 7}})
+    meta = reply["meta"]
+    assert (meta["causationId"], meta["correlationId"], meta["source"]) == (told["request"], told["request"], responder)
+    answers.ask("responding", "respond", pattern="fail", name="fail", fail=True)
+    told = asks.ask("refused", "request", **{**facts, "type": "fail"})
+    assert told == {"code": "handler_error", "remote": "as the test wants ☃"}
+    assert answers.end() == 0
+    assert asks.end() == 0
+
+
+@pytest.mark.parametrize("responder", LANGUAGES)
+def test_a_killed_responder_is_missed_after_its_lease(stage: Stage, responder: str) -> None:
+    asks, answers = stage.actor("python"), stage.actor(responder)
+    answers.ask("responding", "respond", pattern="quote.*", name="quote", hang=True)
+    facts: dict[str, Any] = {"type": "quote.get", "payload": "1", "timeoutMs": 200}
+    assert asks.ask("refused", "request", **facts)["code"] == "request_timeout"
+    answers.kill()
+    deadline = time.monotonic() + DEADLINE
+    while asks.ask("refused", "request", **facts)["code"] != "no_responder":
+        assert time.monotonic() < deadline

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polybus import _middleware, _native
 from polybus._runtime import drain_logs
-from polybus.errors import InvalidHandler, Reject, Retry
+from polybus.errors import InvalidHandler, PolybusError, Reject, Retry
 
 if TYPE_CHECKING:
     from polybus._native import Event
@@ -95,6 +95,7 @@ def describe(error: BaseException) -> tuple[str, str, str]:
 
 def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
     """Tell the core what the handler raised."""
+    code = error.code if isinstance(error, PolybusError) else None
     if isinstance(error, (HandBack, _middleware.LoopGone, KeyboardInterrupt, GeneratorExit)):
         reporter.abandoned([job])  # stopped from outside: not the event's fault
     elif isinstance(error, Reject):
@@ -102,7 +103,7 @@ def report(reporter: _native.Reporter, job: int, error: BaseException) -> None:
     elif isinstance(error, Retry):
         reporter.failed(job, *describe(error), error.after)
     else:
-        reporter.failed(job, *describe(error))
+        reporter.failed(job, *describe(error), None, code)
 
 
 # ---- coroutines ---------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ class LoopHandler:
         handler: Callable[[Event[Any]], Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
         around: _middleware.Around,
+        answers: bool = False,
     ) -> None:
         self._bus = bus
         self._name = name
@@ -127,6 +129,7 @@ class LoopHandler:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: set[int] = set()
         self._done: list[int] = []
+        self._answers = answers
         self.rewire(handler, around)
         self.gone = False
         self.subscription: _native.NativeSubscription | None = None
@@ -136,7 +139,8 @@ class LoopHandler:
 
     def rewire(self, handler: Callable[[Event[Any]], Awaitable[object]], around: _middleware.Around) -> None:
         """From the next event on, run this handler inside this middleware."""
-        self._run = self._runner(_middleware.chain(around, handler) if around else handler)
+        run = self._answerer if self._answers else self._runner
+        self._run = run(_middleware.chain(around, handler) if around else handler)
 
     def serves(self) -> bool:
         """Whether it runs for the caller: on the caller's loop, or on any if the caller has none."""
@@ -189,6 +193,23 @@ class LoopHandler:
                 if not done:
                     call_soon(flush)
                 done.append(job)
+
+        return run
+
+    def _answerer(self, handler: Callable[[Event[Any]], Awaitable[object]]) -> Callable[..., Coroutine[Any, Any, None]]:
+        """As `_runner`, where what the handler returns is a reply."""
+
+        async def run(job: int, event: Event[Any]) -> None:
+            current.set(self._bus)
+            try:
+                self.reporter.replied(job, await handler(event))
+            except BaseException as error:
+                self._tasks.pop(job, None)
+                self._failed(job, error)
+                if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                    raise
+            else:
+                self._tasks.pop(job, None)
 
         return run
 
@@ -322,8 +343,10 @@ class ThreadHandler:
         handler: Handler,
         loop: asyncio.AbstractEventLoop | None,
         around: _middleware.Around,
+        answers: bool = False,
     ) -> None:
         self._bus = bus
+        self._answers = answers
         self.rewire(handler, around)
         self._loop = None if loop is None else weakref.ref(loop)
         self.subscription: _native.NativeSubscription | None = None
@@ -341,13 +364,16 @@ class ThreadHandler:
         try:
             result = contextvars.copy_context().run(self._call, event)
             if inspect.isawaitable(result):
-                self._finish(result)
+                result = self._finish(result)
+            if self._answers:
+                self.reporter.replied(job, result)
         except BaseException as error:
             report(self.reporter, job, error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._end_program(error)
         else:
-            self.reporter.done([job])
+            if not self._answers:
+                self.reporter.done([job])
 
     def _call(self, event: Event[Any]) -> object:
         current.set(self._bus)
@@ -359,17 +385,16 @@ class ThreadHandler:
             loop = _middleware.own_loop()
         return _middleware.from_thread(loop, lambda inner: _middleware.run(around, event, inner), handler)
 
-    def _finish(self, result: Awaitable[object]) -> None:
+    def _finish(self, result: Awaitable[object]) -> object:
         """A plain function that returned an awaitable, such as a lambda around a coroutine: the loop runs it."""
         loop = None if self._loop is None else self._loop()
 
-        async def finish() -> None:
-            await result
+        async def finish() -> object:
+            return await result
 
         if loop is None or loop.is_closed():
-            asyncio.run(finish())
-        else:
-            asyncio.run_coroutine_threadsafe(finish(), loop).result()
+            return asyncio.run(finish())
+        return asyncio.run_coroutine_threadsafe(finish(), loop).result()
 
     def _end_program(self, error: BaseException) -> None:
         """`sys.exit()` in a handler means the program, not a thread of ours."""

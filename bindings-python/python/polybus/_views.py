@@ -30,6 +30,7 @@ class Guarantees:
     broadcast: bool
     ordered: bool
     """Subscriptions with ``ordered=True``."""
+    request: bool
     details: Mapping[str, str] = field(default_factory=dict)
     """What was looked at: version, file system, settings."""
     warnings: Sequence[str] = ()

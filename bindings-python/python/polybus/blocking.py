@@ -309,6 +309,37 @@ class Blocking:
                 reporter.abandoned([job])
             _wait(native.drain(0))
 
+    @overload
+    def request(self, event: Event[Any], /, *, timeout: Seconds = ...) -> Event[Any]: ...
+    @overload
+    def request(
+        self,
+        type: str,
+        payload: object = ...,
+        *,
+        timeout: Seconds = ...,
+        raw: bytes | str | None = ...,
+        **meta: Unpack[MetaOptions],
+    ) -> Event[Any]: ...
+    def request(
+        self,
+        type: Any,
+        payload: object = None,
+        *,
+        timeout: Seconds = 5.0,
+        raw: bytes | str | None = None,
+        **meta: Any,
+    ) -> Event[Any]:
+        """As `Bus.request`."""
+        reply: Event[Any] = _wait(self._native.request(type, payload, raw, meta, {"timeout": timeout}))
+        return reply
+
+    def respond(
+        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
+    ) -> BlockingSubscription:
+        """As `Bus.respond`, for plain functions."""
+        return BlockingSubscription(self._subscribe(pattern, handler, {**options, "respond": True}))
+
     def guarantees(self) -> Guarantees:
         """As `Bus.guarantees`."""
         guarantees: Guarantees = _wait(self._native.guarantees())

@@ -17,6 +17,7 @@ from polybus import _development, _handlers, _log, _native, _runtime
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
 from polybus._use import Uses
+from polybus._requests import Requests
 from polybus._views import Guarantees, SubscriptionStats
 from polybus.dead_letters import DeadLetters
 from polybus.errors import DuplicateSubscription, HandlerError, HandlerTimeout, InvalidConfig, Unsupported
@@ -37,7 +38,7 @@ H = TypeVar("H", bound=Callable[..., object])
 __all__ = ["Bus"]
 
 
-class Bus(Uses):
+class Bus(Uses, Requests):
     """An event bus. Making one opens nothing, so it may stand at the top of a module.
 
     One bus may be used from several event loops and threads, and in a forked child, which connects anew and has no
@@ -295,6 +296,10 @@ class Bus(Uses):
         receipts: list[Receipt] = await _runtime.run(self._native.publish_many(events))
         return receipts
 
+    async def _ready(self) -> None:
+        if self._late or self._lazy:
+            await self._settle()
+
     async def _settle(self) -> None:
         """What must have happened before anything else does."""
         if self._lazy and not self._started and not self._native.closed:
@@ -437,7 +442,9 @@ class Bus(Uses):
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop, self._handling)
+        runner = bridge.handlers[number] = LoopHandler(
+            self._native, options["name"], handler, loop, self._handling, bool(options.get("respond"))
+        )
         handlers = weakref.ref(bridge)
 
         def ended() -> None:
@@ -461,7 +468,7 @@ class Bus(Uses):
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop, self._handling)
+        runner = ThreadHandler(self._native, handler, loop, self._handling, bool(options.get("respond")))
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(

@@ -7,7 +7,7 @@ without a change on your side.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 __all__ = [
     "AuthFailed",
@@ -28,6 +28,7 @@ __all__ = [
     "PublishTimeout",
     "PublishUnknown",
     "Reject",
+    "Remote",
     "RequestTimeout",
     "Retry",
     "SchemaViolation",
@@ -118,10 +119,24 @@ class Unsupported(PolybusError):
     code = "unsupported"
 
 
+class Remote(NamedTuple):
+    """What a responder raised, perhaps in another language. Its traceback stays with it."""
+
+    type: str
+    """Class of the error."""
+    message: str
+    code: str | None
+    """Its `.code`, if it was a `PolybusError`."""
+
+
 class HandlerError(PolybusError):
-    """A handler failed, in a synchronous publish. The cause is what it raised."""
+    """A handler failed.
+
+    In a synchronous publish the cause is what it raised; for a request, `.remote` says what the responder raised.
+    """
 
     code = "handler_error"
+    remote: Remote | None = None
 
 
 class HandlerTimeout(PolybusError):

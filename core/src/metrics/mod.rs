@@ -77,6 +77,16 @@ pub fn families(bus: &Bus) -> Vec<Family> {
     let mut failed = Family::new("publish_failed_total", "counter", "Events that could not be published.");
     failed.add(base.iter().cloned(), bus.publish_counts().1 as f64);
     all.push(failed);
+    let requests = bus.request_counts();
+    for (name, help, counter) in [
+        ("requests_total", "Requests made by this process.", &requests.requests),
+        ("replies_total", "Replies sent by this process.", &requests.replies),
+        ("replies_late_total", "Replies that came late or were not the first, and were dropped.", &requests.late),
+    ] {
+        let mut family = Family::new(name, "counter", help);
+        family.add(base.iter().cloned(), counter.load(Ordering::Relaxed) as f64);
+        all.push(family);
+    }
     for (name, value) in bus.transport_counts() {
         let mut family = Family::new(name, "counter", "Of this process's hold on the store; see docs/metrics.md.");
         family.add(base.iter().cloned(), value as f64);

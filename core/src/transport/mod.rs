@@ -14,6 +14,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
+
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease, Verdict};
 use crate::error::{Error, Result, nearest};
@@ -44,6 +46,8 @@ pub struct Capabilities {
     pub broadcast: bool,
     /// Groups that handle the events of one partition key one at a time, in order.
     pub ordered: bool,
+    /// Mailboxes, and knowing who answers: requests with replies.
+    pub request: bool,
 }
 
 /// What holds on the live store, as measured, not as hoped.
@@ -116,6 +120,8 @@ pub struct GroupSpec {
     pub ordered: bool,
     /// How long a delivery stays ours without a heartbeat.
     pub lease: Duration,
+    /// Its handler answers requests: [`Transport::responders`] finds it while it gives signs of life.
+    pub responder: bool,
 }
 
 /// One group's numbers. Counted on the live store.
@@ -193,6 +199,23 @@ pub trait Transport: Send + Sync + 'static {
     /// Removes them.
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>>;
 
+    /// Whether somebody answers requests of this type: a group with a responder that gave a sign of life within its
+    /// lease. `None` when the store cannot tell.
+    fn responders(&self, _event_type: Text) -> Task<Result<Option<bool>>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Puts a letter into a mailbox, whose owner has `ttl` to fetch it; afterwards it is gone. The name is lower-case
+    /// hexadecimal.
+    fn post(&self, _mailbox: Text, _letter: Bytes, _ttl: Duration) -> Task<Result<()>> {
+        Box::pin(std::future::ready(Err(no_mail())))
+    }
+
+    /// Opens a mailbox, to read it. Makes nothing on the store.
+    fn mailbox(&self, _name: Text) -> Result<Box<dyn Mailbox>> {
+        Err(no_mail())
+    }
+
     /// Waits until nothing is left to do at this moment of the transport's clock. Only with a stopped clock.
     fn idle(&self) -> Task<Result<()>> {
         Box::pin(std::future::ready(Err(Error::unsupported("only a test bus can wait until it is idle"))))
@@ -223,6 +246,17 @@ pub trait Source: Send + Sync + 'static {
     /// Hands back what is still held, without counting the attempt, and leaves the group. A pending `take` ends
     /// with `BusClosed`. Idempotent.
     fn close(&self) -> Task<()>;
+}
+
+/// The reading end of a mailbox. Dropping it lets go of what it needs; what lies there goes with its time.
+pub trait Mailbox: Send + Sync + 'static {
+    /// Takes what lies there, waiting a moment (seconds at most) when there is nothing, then resolves to nothing.
+    /// Called by one task at a time. A dropped future may take letters with it.
+    fn next(&self) -> Task<Result<Vec<Bytes>>>;
+}
+
+fn no_mail() -> Error {
+    Error::unsupported("this transport keeps no replies; make requests over memory://, sqlite:/// or redis://")
 }
 
 /// Settings that transports share.

@@ -6,5 +6,6 @@ mod deliveries;
 mod files;
 mod keeping;
 mod processes;
+mod requests;
 mod support;
 mod trouble;

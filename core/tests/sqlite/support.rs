@@ -76,6 +76,7 @@ pub fn spec(group: &str) -> GroupSpec {
         broadcast: false,
         ordered: false,
         lease: Duration::from_secs(30),
+        responder: false,
     }
 }
 

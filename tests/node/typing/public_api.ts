@@ -8,6 +8,7 @@ import {
   PublishUnknown,
   type Receipt,
   Retry,
+  type Subscription,
   version,
   withRetry,
 } from 'polybus'
@@ -89,6 +90,16 @@ export async function mapped(): Promise<void> {
   const kit = new TestBus<Events>()
   // @ts-expect-error: the payload of another event
   await kit.publish('order.placed', { cents: 1 })
+}
+
+export async function requests(bus: Bus): Promise<void> {
+  const reply = await bus.request<{ cents: number }>('quote', { n: 1 }, { userId: 'u' }, { timeoutMs: 5 })
+  const cents: number = reply.payload.cents
+  await bus.request(reply.child('quote', cents), { signal: AbortSignal.timeout(5) })
+  const subscription: Subscription = await bus.respond<number>('quote', { name: 'q' }, (event) => event.payload + 1)
+  // @ts-expect-error: an option of publish
+  await bus.request('quote', 1, {}, { delayMs: 5 })
+  void subscription
 }
 
 export async function rest(bus: Bus): Promise<void> {

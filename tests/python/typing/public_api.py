@@ -18,8 +18,10 @@ from polybus import (
     Delivery,
     Event,
     Guarantees,
+    HandlerError,
     PolybusError,
     Receipt,
+    Remote,
     RetryPolicy,
     Subscription,
     SubscriptionStats,
@@ -95,6 +97,22 @@ async def main() -> None:
     assert_type(await bus.guarantees(), Guarantees)
     assert_type(await bus.stats(), dict[str, SubscriptionStats])
     assert_type(bus.metrics(), str)
+
+
+async def requests() -> None:
+    assert_type(await bus.request("quote", {"n": 1}, timeout=2.0, user_id="u"), Event[Any])
+    assert_type(await bus.request(Event.create("quote", 1), timeout=timedelta(seconds=1)), Event[Any])
+    assert_type(await bus.respond("quote", answer, concurrency=2), Subscription)
+    await bus.request("quote", 1, colour="red")  # type: ignore[call-overload]
+    try:
+        await bus.request("quote")
+    except HandlerError as error:
+        assert_type(error.remote, Remote | None)
+
+
+@bus.respond("quote", name="answer")
+async def answer(event: Event[Any]) -> dict[str, int]:
+    return {"total": event.payload["n"]}
 
 
 async def twice(number: int, *, word: str) -> bytes:

@@ -80,13 +80,19 @@ impl World {
     /// A member of the group that [`Bus::subscribe`] would join under that name, with the shortest lease.
     pub fn spec(&self, pattern: &str, name: &str, ordered: bool) -> GroupSpec {
         GroupSpec {
-            group: format!("test/{name}").into(),
+            group: format!(
+                "test/{name
+            responder: false,
+        }"
+            )
+            .into(),
             subscription: name.into(),
             service: "test".into(),
             pattern: Pattern::new(pattern).unwrap(),
             start: Start::Beginning,
             broadcast: false,
             ordered,
+            responder: false,
             lease: Duration::from_secs(1),
         }
     }

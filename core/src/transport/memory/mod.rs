@@ -5,6 +5,7 @@
 //!   log      the last events, for groups that start at the beginning      bounded ring
 //!   delayed  published with a delay, by due time
 //!   dead     dead letters, by id
+//!   mail     replies to requests, by mailbox, each with its time
 //!   groups   each: ready ──take──► leased ──settle──► gone, waiting (by due time), or dead
 //!                    ▲                                   │
 //!                    └───────────────────────────────────┘
@@ -16,6 +17,7 @@
 //! fences, because a closed source's deliveries are handed to somebody else.
 
 mod group;
+mod mail;
 mod store;
 
 use std::collections::HashMap;
@@ -23,9 +25,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::{
-    Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Result, Settings, Settlement, Source, Task,
-    Transport,
+    Capabilities, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Result, Settings, Settlement, Source,
+    Task, Transport,
 };
+use bytes::Bytes;
+
 use crate::clock::Clock;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
@@ -93,6 +97,7 @@ impl Transport for Memory {
             start_position: true,
             broadcast: true,
             ordered: true,
+            request: true,
         }
     }
 
@@ -152,6 +157,20 @@ impl Transport for Memory {
 
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
         Box::pin(std::future::ready(Ok(self.store.purge(&filter))))
+    }
+
+    fn responders(&self, event_type: Text) -> Task<Result<Option<bool>>> {
+        Box::pin(std::future::ready(Ok(Some(self.store.has_responder(&event_type)))))
+    }
+
+    fn post(&self, mailbox: Text, letter: Bytes, ttl: Duration) -> Task<Result<()>> {
+        let now = self.store.now();
+        self.store.mail.post(mailbox, letter, now.saturating_add(ttl), now);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
+        Ok(Box::new(mail::MemoryMailbox { store: self.store.clone(), name }))
     }
 
     fn idle(&self) -> Task<Result<()>> {

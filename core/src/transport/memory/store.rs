@@ -9,6 +9,7 @@ use ahash::AHashMap;
 use tokio::sync::Notify;
 
 use super::group::{Ended, Group, Load, Pending};
+use super::mail::Mail;
 use crate::clock::Clock;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
@@ -30,6 +31,7 @@ const CAPACITY_BYTES: usize = 512 << 20;
 pub(super) struct Store {
     clock: Clock,
     state: Mutex<State>,
+    pub mail: Mail,
     /// Rings when a delivery ended: there may be room, the store may be idle.
     ended: Notify,
     owners: AtomicU64,
@@ -71,11 +73,23 @@ struct State {
 
 impl Store {
     pub fn new(clock: Clock) -> Self {
-        Self { clock, state: Mutex::default(), ended: Notify::new(), owners: AtomicU64::new(0) }
+        Self { clock, state: Mutex::default(), mail: Mail::default(), ended: Notify::new(), owners: AtomicU64::new(0) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// Whether a group with a responder among its members wants events of this type.
+    pub fn has_responder(&self, event_type: &str) -> bool {
+        let mut matched = Vec::new();
+        let state = self.state();
+        state.routes.matches(event_type, &mut matched);
+        matched.iter().filter_map(|id| state.groups.get(id)).any(|group| group.spec.responder && group.members > 0)
     }
 
     pub async fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Result<Vec<Receipt>> {

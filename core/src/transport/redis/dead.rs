@@ -108,6 +108,7 @@ impl Shelf {
                 kind: entry.text("k").unwrap_or_default(),
                 message: entry.text("m").unwrap_or_default(),
                 stack: entry.text("s").unwrap_or_default(),
+                code: None,
             },
             attempts: entry.number("n").and_then(|attempts| u32::try_from(attempts).ok()).unwrap_or(1),
             first_failed_at: at(entry.number("f")),

@@ -13,6 +13,8 @@ pub(super) struct Keys {
     pub counts: String,
     pub meta: String,
     pub bell: String,
+    /// Who answers requests, by the end of its lease.
+    pub responders: String,
 }
 
 /// The keys of one group in one partition.
@@ -45,6 +47,7 @@ impl Keys {
             counts: key("counts"),
             meta: key("meta"),
             bell: key("bell"),
+            responders: key("responders"),
             parts: (partitions > 1).then(|| (Self::bus_meta(bus), partitions)),
             prefix,
         }
@@ -58,6 +61,11 @@ impl Keys {
     /// Where the number of partitions is kept, and the number; `None` when there is one.
     pub fn parts(&self) -> Option<(&str, u32)> {
         self.parts.as_ref().map(|(key, count)| (key.as_str(), *count))
+    }
+
+    /// The list of replies to one process.
+    pub fn mail(&self, mailbox: &str) -> String {
+        format!("{}:mail:{mailbox}", self.prefix)
     }
 
     pub fn group(&self, group: &str) -> GroupKeys {

@@ -24,6 +24,7 @@ use super::fault::{Failure, strange};
 use super::group;
 use super::hold::Hold;
 use super::keys::GroupKeys;
+use super::mail;
 use super::partition::{Partition, lock};
 use super::scripts;
 use super::value::{self, Id};
@@ -124,7 +125,26 @@ impl Member {
             disarmed: Notify::new(),
         });
         member.partition.enter(&member);
+        member.be_there().await?;
         Ok(member)
+    }
+
+    /// A sign of life, if it answers requests.
+    pub async fn be_there(&self) -> Result<(), Failure> {
+        if !self.spec.responder || self.index > 0 {
+            return Ok(());
+        }
+        mail::be_there(&self.partition, &self.spec, &self.consumer, self.lease).await
+    }
+
+    /// Answers no more requests.
+    pub async fn be_gone(&self) {
+        if !self.spec.responder || self.index > 0 {
+            return;
+        }
+        if let Err(failure) = mail::be_there(&self.partition, &self.spec, &self.consumer, 0).await {
+            log::debug!("group {}: stays listed as a responder for a lease: {}", self.group, failure.error);
+        }
     }
 
     /// Its name, kept with dead letters.
@@ -278,10 +298,12 @@ impl Member {
         };
         let joined = group::join(&self.partition, &self.spec, Some(before)).await?;
         self.partition.reset(&self.group);
-        let mut state = lock(&self.state);
-        (state.cursor, state.position, state.fresh) = (joined.delivered, joined.delivered, true);
-        state.epoch = joined.epoch;
-        Ok(())
+        {
+            let mut state = lock(&self.state);
+            (state.cursor, state.position, state.fresh) = (joined.delivered, joined.delivered, true);
+            state.epoch = joined.epoch;
+        }
+        self.be_there().await
     }
 
     async fn settle_doubt(&self) -> Result<(), Failure> {

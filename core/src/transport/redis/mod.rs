@@ -8,6 +8,7 @@
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
 //! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
 //! | [`ordered`] | the same way in a group that keeps order per partition key |
+//! | [`mail`] | replies to requests, and who answers them |
 //! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
@@ -26,6 +27,7 @@ mod hold;
 mod intake;
 mod keys;
 mod link;
+mod mail;
 mod member;
 mod ordered;
 mod partition;
@@ -42,6 +44,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use redis::Value;
 use tokio::time::Instant;
 
@@ -58,8 +61,8 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::transport::{
-    Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task,
-    Transport,
+    Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source,
+    Task, Transport,
 };
 
 pub(super) use self::pubsub::open as open_pubsub;
@@ -75,6 +78,7 @@ struct Shared {
     /// What a publish waits for.
     wanted: Confirm,
     sources: Mutex<Vec<Weak<dyn Source>>>,
+    seen: mail::Seen,
     closed: AtomicBool,
 }
 
@@ -120,7 +124,14 @@ impl Shared {
             runtime.spawn(Doorbell::run(partition.clone()));
             runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
         }
-        Ok(Arc::new(Self { partitions, settings, wanted, sources: Mutex::default(), closed: AtomicBool::new(false) }))
+        Ok(Arc::new(Self {
+            partitions,
+            settings,
+            wanted,
+            sources: Mutex::default(),
+            seen: mail::Seen::default(),
+            closed: AtomicBool::new(false),
+        }))
     }
 
     fn check(&self) -> Result<()> {
@@ -237,6 +248,7 @@ impl Transport for Redis {
             start_position: true,
             broadcast: true,
             ordered: true,
+            request: true,
         }
     }
 
@@ -288,6 +300,19 @@ impl Transport for Redis {
         task!(self, "purge", |shared| {
             dead::change(&shared.partitions, &filter, Change::Purge, shared.settings.max_payload_bytes).await
         })
+    }
+
+    fn responders(&self, event_type: Text) -> Task<Result<Option<bool>>> {
+        task!(self, "request", |shared| mail::has_responder(&shared.partitions[0], &shared.seen, &event_type).await)
+    }
+
+    fn post(&self, mailbox: Text, letter: Bytes, ttl: Duration) -> Task<Result<()>> {
+        task!(self, "reply", |shared| mail::post(&shared.partitions[0], &mailbox, &letter, ttl).await)
+    }
+
+    fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
+        self.0.check()?;
+        Ok(Box::new(mail::RedisMailbox::new(&self.0.partitions[0], &name)))
     }
 
     fn counts(&self) -> Vec<(&'static str, u64)> {

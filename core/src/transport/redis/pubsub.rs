@@ -375,6 +375,7 @@ impl Transport for PubSub {
             start_position: false,
             broadcast: true,
             ordered: false,
+            request: false,
         }
     }
 

@@ -73,6 +73,9 @@ scripts! {
     TYPES = "types",
     ORDERED_TAKE = "full" "lanes" "ordered_take",
     ORDERED_SETTLE = "full" "lanes" "ordered_settle",
+    POST = "post",
+    ALIVE = "alive",
+    RESPONDERS = "responders",
 }
 
 /// The command where a script failed, from what the server says of it: `… script: <digest>, on @user_script:<line>.`

@@ -229,12 +229,18 @@ impl Shared {
 
     async fn heartbeat(&self, held: &[Lease]) -> Result<Vec<Lease>> {
         for member in &self.members {
+            if !*self.closed.borrow() {
+                member.be_there().await?;
+            }
             member.heartbeat().await?;
         }
         Ok(held.iter().filter(|lease| self.hold.get(**lease).is_none()).copied().collect())
     }
 
     async fn leave(&self) {
+        for member in &self.members {
+            member.be_gone().await;
+        }
         self.give_back().await;
         drop(self.looking.lock().await); // it may be about to read; no other begins
         for member in &self.members {

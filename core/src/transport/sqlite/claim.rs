@@ -36,6 +36,8 @@ pub(super) struct Member {
     pub ordered: bool,
     /// Milliseconds.
     pub lease: i64,
+    /// Names our row in `polybus_responders`.
+    pub responder: Option<i64>,
 }
 
 /// What a source remembers between takes. The writer thread and the source share it.

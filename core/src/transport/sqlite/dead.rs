@@ -99,7 +99,7 @@ fn letter(row: &Row<'_>, max_payload: usize) -> Result<DeadLetter> {
         id: row.get::<_, i64>(0)?.to_string().into(),
         event: codec::decode(&raw, max_payload).ok(),
         raw,
-        error: Failure { kind: row.get(3)?, message: row.get(4)?, stack: row.get(5)? },
+        error: Failure { kind: row.get(3)?, message: row.get(4)?, stack: row.get(5)?, code: None },
         attempts: row.get(6)?,
         first_failed_at: clock::from_ms(row.get(7)?),
         last_failed_at: clock::from_ms(row.get(8)?),

@@ -7,6 +7,7 @@
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
 //! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`mail`] | replies to requests, and who answers them |
 //! | [`source`], [`broadcast`] | the two kinds of subscription |
 //!
 //! The tables, and so the data structures, are described in [`schema`]; the life of a transaction in [`writer`].
@@ -27,6 +28,7 @@ mod guard;
 mod job;
 mod lane;
 mod lock;
+mod mail;
 mod publish;
 mod retention;
 mod schema;
@@ -44,11 +46,14 @@ use self::dead::Change;
 use self::job::Made;
 use self::retention::Limits;
 use self::store::Store;
+use bytes::Bytes;
+
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::transport::{
-    Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task, Transport,
+    Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source, Task,
+    Transport,
 };
 
 pub(super) use self::file::path_of;
@@ -232,6 +237,7 @@ impl Transport for Sqlite {
             start_position: true,
             broadcast: true,
             ordered: true,
+            request: true,
         }
     }
 
@@ -296,6 +302,26 @@ impl Transport for Sqlite {
 
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
         task!(self, "purge", |shared| shared.change_dead(filter, Change::Purge).await)
+    }
+
+    fn responders(&self, event_type: Text) -> Task<Result<Option<bool>>> {
+        task!(self, "request", |shared| {
+            shared.check()?;
+            let bus = shared.bus;
+            shared.store.read(move |connection| mail::has_responder(connection, bus, &event_type)).await.map(Some)
+        })
+    }
+
+    fn post(&self, mailbox: Text, letter: Bytes, ttl: Duration) -> Task<Result<()>> {
+        task!(self, "reply", |shared| {
+            shared.check()?;
+            shared.store.write(1, move |tx| Ok(Made::ring(mail::post(tx, &mailbox, &letter, ttl)?))).await
+        })
+    }
+
+    fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
+        self.shared.check()?;
+        Ok(Box::new(mail::SqliteMailbox::new(self.shared.store.clone(), name)))
     }
 
     fn close(&self) -> Task<()> {

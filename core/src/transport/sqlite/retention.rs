@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{clock, publish};
+use super::{clock, mail, publish};
 use crate::error::Result;
 use crate::pattern::Pattern;
 
@@ -44,12 +44,13 @@ struct Plan {
 pub(super) fn is_due(connection: &Connection, limits: &Limits) -> Result<bool> {
     let delayed = publish::next_delayed(connection, limits.bus)?.is_some_and(|at| at <= clock::wall_ms());
     let plan = plan(connection, limits)?;
-    Ok(delayed || plan.done.is_some() || plan.forced.is_some())
+    Ok(delayed || plan.done.is_some() || plan.forced.is_some() || mail::is_stale(connection)?)
 }
 
 /// Drops up to [`STEP`] events for each reason, and moves due delayed events into the log.
 pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
     let promoted = publish::promote(tx, limits.bus)? > 0;
+    mail::clean(tx)?;
     let plan = plan(tx, limits)?;
     let mut dropped = 0;
     if plan.forced.max(plan.done).is_some() {

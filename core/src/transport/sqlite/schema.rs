@@ -12,6 +12,8 @@
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).
 //! * `polybus_dead`: dead letters.
+//! * `polybus_mail`: replies to requests, until somebody fetches them or their time is over. `polybus_responders`: who
+//!   answers requests, and until when that is believed. Both in boot time.
 //!
 //! Times are milliseconds, wall clock unless said otherwise.
 
@@ -62,6 +64,16 @@ const ADDITIONS: [(&str, &str, &str); 3] = [
     ("polybus_deliveries", "lane", "TEXT"),
     ("polybus_dead", "lane", "TEXT"),
 ];
+
+/// Tables that came later, for a file that has it not: versions that do not know it leave it alone.
+const LATER: &str = "
+CREATE TABLE IF NOT EXISTS polybus_mail(id INTEGER PRIMARY KEY, mailbox TEXT NOT NULL, letter BLOB NOT NULL,
+  expires_at INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS polybus_mail_box ON polybus_mail(mailbox);
+CREATE INDEX IF NOT EXISTS polybus_mail_expiry ON polybus_mail(expires_at);
+CREATE TABLE IF NOT EXISTS polybus_responders(id INTEGER PRIMARY KEY, group_id INTEGER NOT NULL,
+  alive_until INTEGER NOT NULL);
+";
 
 /// Refuses a SQLite that may damage the file.
 pub(super) fn check_library() -> Result<()> {
@@ -125,7 +137,8 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
         true => ADDITIONS.to_vec(),
         false => lacking(connection)?,
     };
-    if known.as_deref() == Some(&boot) && lacking.is_empty() {
+    let whole = lacking.is_empty() && has_table(connection, "polybus_responders")?;
+    if known.as_deref() == Some(&boot) && whole {
         return Ok(());
     }
     let tx = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
@@ -137,9 +150,11 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
     for (table, column, declaration) in lacking {
         tx.execute(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"), [])?;
     }
+    tx.execute_batch(LATER)?;
     if known.as_deref() != Some(&boot) {
         tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
         tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
+        tx.execute_batch("DELETE FROM polybus_mail; DELETE FROM polybus_responders;")?;
     }
     tx.commit()?;
     Ok(())
@@ -155,6 +170,11 @@ fn lacking(connection: &Connection) -> Result<Vec<(&'static str, &'static str, &
         }
     }
     Ok(lacking)
+}
+
+fn has_table(connection: &Connection, name: &str) -> Result<bool> {
+    let sql = "SELECT EXISTS(SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1)";
+    Ok(connection.query_row(sql, [name], |row| row.get(0))?)
 }
 
 fn meta(connection: &Connection, key: &str) -> Result<Option<String>> {

@@ -10,7 +10,7 @@ use super::claim::{self, Again, Claim, Member, Progress, Taken};
 use super::group::{self, Joined};
 use super::job::Made;
 use super::store::{Store, answered};
-use super::{clock, fault, settle};
+use super::{clock, fault, mail, settle};
 use crate::codec;
 use crate::delivery::{Body, Delivery, Lease};
 use crate::error::Result;
@@ -36,9 +36,15 @@ struct Shared {
 pub(super) async fn join(store: Arc<Store>, bus: i64, spec: GroupSpec, max_payload: usize) -> Result<Arc<GroupSource>> {
     let wanted = spec.clone();
     // Others of the group may have to follow a new pattern.
-    let Joined { group, cursor } = store.write(1, move |tx| Ok(Made::ring(group::join(tx, bus, &wanted)?))).await?;
+    let responder = spec.responder.then(|| fastrand::i64(1..));
     let lease = clock::millis(spec.lease).max(1);
-    let member = Member { bus, group, name: spec.group, ordered: spec.ordered, lease };
+    let join = move |tx: &rusqlite::Connection| {
+        let joined = group::join(tx, bus, &wanted)?;
+        mail::be_there(tx, responder, joined.group, lease)?;
+        Ok(Made::ring(joined))
+    };
+    let Joined { group, cursor } = store.write(1, join).await?;
+    let member = Member { bus, group, name: spec.group, ordered: spec.ordered, lease, responder };
     let progress = Progress {
         owner: None,
         counter: 0,
@@ -129,6 +135,7 @@ fn leave(member: Arc<Member>, progress: Arc<Mutex<Progress>>) -> impl FnMut(&rus
         let mut progress = claim::lock(&progress);
         progress.closed = true;
         progress.ready.clear();
+        mail::be_gone(tx, member.responder)?;
         let waiting = settle::leave(tx, &member, &progress)?;
         Ok(Made { value: (), ring: waiting })
     }
@@ -161,7 +168,11 @@ impl Source for GroupSource {
         Box::pin(async move {
             let (member, progress) = (shared.member.clone(), shared.progress.clone());
             let beat = move |tx: &rusqlite::Connection| {
-                Ok(Made::quiet(settle::heartbeat(tx, &member, &mut claim::lock(&progress), &held)?))
+                let mut progress = claim::lock(&progress);
+                if !progress.closed {
+                    mail::be_there(tx, member.responder, member.group, member.lease)?;
+                }
+                Ok(Made::quiet(settle::heartbeat(tx, &member, &mut progress, &held)?))
             };
             shared.store.write(1, beat).await.map_err(|cause| cause.during("heartbeat"))
         })

@@ -10,6 +10,7 @@ use polybus_core::bus::new_event;
 use polybus_core::codec;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{Outcome, from_fn};
+use polybus_core::options::RequestOptions;
 use polybus_core::transport::Outgoing;
 use polybus_core::{Bus, BusOptions, Event, SubscribeOptions};
 use serde_json::{Value, json};
@@ -78,6 +79,40 @@ async fn obey(bus: &Bus, command: &Value) {
             };
             bus.subscribe(command["pattern"].as_str().unwrap(), handler, options).await.unwrap();
             tell(&json!({"subscribed": command["name"]}));
+        }
+        "respond" => {
+            let fail = command["fail"].as_bool().unwrap_or(false);
+            let hang = command["hang"].as_bool().unwrap_or(false);
+            let handler = from_fn(move |job| {
+                tell(&json!({"saw": wire(&job.event)}));
+                async move {
+                    if hang {
+                        std::future::pending::<()>().await;
+                    }
+                    let reply = format!(r#"{{"by":"rust","got":{}}}"#, text(&job.event));
+                    let failure = Failure::new("Trouble", "as the test wants ☃", "");
+                    if fail { Outcome::Failed(failure) } else { Outcome::Replied(reply.into()) }
+                }
+            });
+            let options = SubscribeOptions::responder(command["name"].as_str().unwrap());
+            bus.respond(command["pattern"].as_str().unwrap(), handler, options).await.unwrap();
+            tell(&json!({"responding": command["name"]}));
+        }
+        "request" => {
+            let payload = command["payload"].as_str().unwrap().to_owned();
+            let request = new_event(command["type"].as_str().unwrap(), payload.into(), None, 1 << 20).unwrap();
+            let id = request.meta.id.to_string();
+            let options = RequestOptions { timeout: Duration::from_millis(command["timeoutMs"].as_u64().unwrap()) };
+            match bus.request(request, options).await {
+                Ok(reply) => {
+                    let event: Value = serde_json::from_slice(&codec::encode(&reply).unwrap()).unwrap();
+                    tell(&json!({"replied": {"event": event, "request": id}}));
+                }
+                Err(error) => {
+                    let remote = error.remote().map(|remote| &remote.message);
+                    tell(&json!({"refused": {"code": error.kind().code(), "remote": remote}}));
+                }
+            }
         }
         "unsubscribe" => {
             for subscription in bus.subscriptions() {

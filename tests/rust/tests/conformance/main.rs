@@ -6,6 +6,7 @@ mod delivery;
 mod lifecycle;
 mod ordered;
 mod publishing;
+mod requests;
 mod trouble;
 
 use std::sync::Arc;
@@ -50,6 +51,7 @@ fn run() -> Conclusion {
         ("trouble", trouble::ALL),
         ("lifecycle", lifecycle::ALL),
         ("ordered", ordered::ALL),
+        ("requests", requests::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {

@@ -2,7 +2,8 @@
 use polybus_conformance::certificates::Certificates;
 use polybus_conformance::redis_server::*;
 use polybus_conformance::*;
-use polybus_core::handler::{Outcome, from_fn};
+use polybus_core::handler::{Job, Outcome, from_fn};
+use polybus_core::options::RequestOptions;
 use polybus_core::{Error, ErrorKind, SubscribeOptions};
 
 use crate::support::*;
@@ -104,6 +105,10 @@ async fn the_documented_permissions_are_enough() {
     publish(&bus, "n", "1").await;
     assert_eq!(seen.take(2).await[1].attempt, 2);
     finished(&bus, "test/all").await;
+    let echo = from_fn(|job: Job| std::future::ready(Outcome::Replied(job.event.payload.clone())));
+    bus.respond("echo", echo, SubscribeOptions::responder("echo")).await.unwrap();
+    let options = RequestOptions { timeout: DEADLINE };
+    assert_eq!(&within(bus.request(event("echo", "7"), options)).await.unwrap().payload[..], b"7");
     bus.close(DEADLINE).await;
 
     let heard = hasty(&url.replace("redis://", "redis+pubsub://"));

@@ -10,6 +10,7 @@ mod leases;
 mod losses;
 mod memory;
 mod ordered;
+mod requests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
