@@ -6,7 +6,17 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { clearTimeout, setTimeout } from 'node:timers'
 import { Batch, type Draft, type PublishOptions } from './batch.js'
-import { abort, bridge, Context, type Handler, type Logger, type Runner, run } from './bridge.js'
+import {
+  abort,
+  type BatchHandler,
+  bridge,
+  Context,
+  type Handler,
+  type HandlerContext,
+  type Logger,
+  type Runner,
+  run,
+} from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
 import {
   call,
@@ -28,6 +38,8 @@ import {
   type SubscribeOptions,
   Subscription,
   type SubscriptionStats,
+  takesBatches,
+  type WithBatch,
 } from './subscription.js'
 
 /** Options of a bus. Durations are in milliseconds. */
@@ -42,6 +54,10 @@ export interface BusOptions {
   workerCount?: number
   /** Most deliveries that one subscription holds in this process. Default 1000. */
   bufferSize?: number
+  /** What a publish does when too many wait: for room, up to `publishTimeoutMs` (default), or fail with BufferFull. */
+  whenFull?: 'wait' | 'error'
+  /** Publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory. */
+  publishBufferBytes?: number
   /** A publish that fails in the transport is logged and counted, not thrown. Default false. */
   failOpen?: boolean
   /** Largest payload, on publish and on consume. Default 1 MiB. */
@@ -256,11 +272,13 @@ export class Bus<E extends object = AnyEvents> {
    *
    * @throws InvalidConfig, InvalidPattern, DuplicateSubscription at once.
    */
+  on<K extends TypeOf<E>>(pattern: K, options: WithBatch, handler: BatchHandler<E[K]>): this
+  on<T = any>(pattern: string, options: WithBatch, handler: BatchHandler<T>): this
   on<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>): this
   on<K extends TypeOf<E>>(pattern: K, options: SubscribeOptions, handler: Handler<E[K]>): this
   on<T = any>(pattern: string, handler: Handler<T>): this
   on<T = any>(pattern: string, options: SubscribeOptions, handler: Handler<T>): this
-  on(pattern: string, optionsOrHandler: SubscribeOptions | Handler, maybeHandler?: Handler): this {
+  on(pattern: string, optionsOrHandler: SubscribeOptions | Handler, maybeHandler?: Handler | BatchHandler): this {
     const [options, handler] =
       typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
     const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
@@ -292,9 +310,11 @@ export class Bus<E extends object = AnyEvents> {
   }
 
   /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
+  subscribe<K extends TypeOf<E>>(pattern: K, handler: BatchHandler<E[K]>, options: WithBatch): Promise<Subscription>
+  subscribe<T = any>(pattern: string, handler: BatchHandler<T>, options: WithBatch): Promise<Subscription>
   subscribe<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>, options?: SubscribeOptions): Promise<Subscription>
   subscribe<T = any>(pattern: string, handler: Handler<T>, options?: SubscribeOptions): Promise<Subscription>
-  async subscribe(pattern: string, handler: Handler, options?: SubscribeOptions): Promise<Subscription> {
+  async subscribe(pattern: string, handler: Handler | BatchHandler, options?: SubscribeOptions): Promise<Subscription> {
     const checked = this.#check(pattern, handler, options)
     return await this.#subscribe(checked.pattern, checked.handler, checked.options)
   }
@@ -328,7 +348,8 @@ export class Bus<E extends object = AnyEvents> {
     onEnd?: () => void,
   ): Promise<Subscription> {
     const home = bridge()
-    const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    const invoke = (given: any, context: HandlerContext) => inside.run(this, handler, given, context)
+    const runner = home.runner(options.name as string, invoke, takesBatches(options))
     const live: Live = {
       runner,
       holds: this.#held,
@@ -439,6 +460,9 @@ export class Bus<E extends object = AnyEvents> {
   events<K extends TypeOf<E>>(pattern: K, options?: EventsOptions): Events<E[K]>
   events<T = any>(pattern: string, options?: EventsOptions): Events<T>
   events(pattern: string, given: EventsOptions = {}): Events {
+    if (takesBatches(given)) {
+      throw new InvalidConfig('events() gives one event at a time; leave out batch, or subscribe a handler')
+    }
     const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
       this.#subscribe(pattern, handler, checked.options, () => events.end()),
@@ -510,7 +534,7 @@ async function handleNow(runner: Runner, event: Received): Promise<void> {
   })
   const handled = (async () => {
     try {
-      await runner.handler(event, context)
+      await runner.handler(runner.takesBatches ? [event] : event, context)
     } catch (cause) {
       throw new HandlerError(`handler ${name} failed on ${event.type}: ${describe(cause)}`, { cause })
     }

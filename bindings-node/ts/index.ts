@@ -6,7 +6,7 @@
 import { native } from './native.js'
 
 export type { Draft, PublishOptions } from './batch.js'
-export type { Handler, HandlerContext, Logger } from './bridge.js'
+export type { BatchHandler, Handler, HandlerContext, Logger } from './bridge.js'
 export {
   type AnyEvents,
   Bus,
@@ -41,8 +41,10 @@ export {
   Unsupported,
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
-export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
+export { BatchFailed, Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
 export type {
+  BatchOptions,
+  BreakerOptions,
   DrainTimeout,
   Events,
   EventsOptions,

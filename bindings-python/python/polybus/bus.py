@@ -15,6 +15,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from polybus import _handlers, _native, _runtime
+from polybus._batches import BatchLoopHandler, BatchThreadHandler, single, takes_batches
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
 from polybus._views import Guarantees, SubscriptionStats
@@ -344,12 +345,16 @@ class Bus:
             self.logger.exception("%s is not subscribed to %s", options["name"], pattern)
 
     async def subscribe(
-        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
+        self,
+        pattern: str,
+        handler: Callable[[Event[Any]], object] | Callable[[list[Event[Any]]], object],
+        **options: Unpack[SubscribeOptions],
     ) -> Subscription:
         """Hand every matching event to `handler`. Once this returns, every later publish is seen, whoever makes it.
 
         Return = done. Raise = retry by policy, then dead letter. Raise `Retry(after=…)` = again then. Raise
-        `Reject("why")` = dead letter now. A plain function runs on a thread. Errors: `InvalidPattern`, `InvalidConfig`,
+        `Reject("why")` = dead letter now. A plain function runs on a thread. With `batch`, the handler takes a list, and
+        `BatchFailed` names those that failed. Errors: `InvalidPattern`, `InvalidConfig`,
         `DuplicateSubscription`, `BusClosed`, `ConnectionFailed`; `TypeError` for an unknown keyword.
         """
         if self._lazy:
@@ -376,7 +381,8 @@ class Bus:
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop)
+        kind = BatchLoopHandler if takes_batches(options) else LoopHandler
+        runner = bridge.handlers[number] = kind(self._native, options["name"], handler, loop)
         handlers = weakref.ref(bridge)
 
         def ended() -> None:
@@ -400,7 +406,7 @@ class Bus:
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop)
+        runner = (BatchThreadHandler if takes_batches(options) else ThreadHandler)(self._native, handler, loop)
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(
@@ -428,7 +434,8 @@ class Bus:
             if self._subscriptions.get(native.name) is subscription:
                 del self._subscriptions[native.name]
 
-        subscription = Subscription(native, handler, seconds, runner, forget)
+        one = single(handler) if takes_batches(options) else handler
+        subscription = Subscription(native, one, seconds, runner, forget)
         self._subscriptions[native.name] = subscription
         return subscription
 
@@ -441,6 +448,7 @@ class Bus:
         """
         options.setdefault("name", f"events:{pattern}")
         options.setdefault("concurrency", 1)
+        one_by_one(options)
         waiting: asyncio.Queue[tuple[Event[Any], asyncio.Future[None]] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -502,6 +510,12 @@ class Bus:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} service={self.service!r}>"
+
+
+def one_by_one(options: Mapping[str, Any]) -> None:
+    """Refuse a batch where events are read one by one."""
+    if takes_batches(options):
+        raise InvalidConfig("events() gives one event at a time; leave out batch=, or subscribe a handler")
 
 
 def _failed(name: str, error: Exception) -> HandlerError:

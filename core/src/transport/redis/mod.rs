@@ -55,6 +55,7 @@ use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task,
     Transport,
@@ -70,6 +71,7 @@ struct Redis(Arc<Shared>);
 struct Shared {
     partitions: Vec<Arc<Partition>>,
     settings: Settings,
+    room: Room,
     /// What a publish waits for.
     wanted: Confirm,
     sources: Mutex<Vec<Weak<dyn Source>>>,
@@ -118,7 +120,9 @@ impl Shared {
             runtime.spawn(Doorbell::run(partition.clone()));
             runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
         }
-        Ok(Arc::new(Self { partitions, settings, wanted, sources: Mutex::default(), closed: AtomicBool::new(false) }))
+        let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
+        let (sources, closed) = (Mutex::default(), AtomicBool::new(false));
+        Ok(Arc::new(Self { partitions, settings, room, wanted, sources, closed }))
     }
 
     fn check(&self) -> Result<()> {
@@ -155,7 +159,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, batch, deadline).await
+        publish::publish(&self.partitions, &self.room, batch, deadline).await
     }
 
     async fn close(&self) {

@@ -2,7 +2,9 @@
 //! reliability research they stand for.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod batches;
 mod delivery;
+mod flow;
 mod lifecycle;
 mod publishing;
 mod trouble;
@@ -48,6 +50,8 @@ fn run() -> Conclusion {
         ("delivery", delivery::ALL),
         ("trouble", trouble::ALL),
         ("lifecycle", lifecycle::ALL),
+        ("flow", flow::ALL),
+        ("batches", batches::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
