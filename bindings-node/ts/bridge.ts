@@ -341,7 +341,10 @@ export class Bridge {
   }
 
   #failed({ runner, job, batch }: Context, error: unknown): void {
-    if (batch === undefined) return this.#jobFailed(runner, job, error)
+    if (batch === undefined) {
+      this.#jobFailed(runner, job, error)
+      return
+    }
     const said = batchOutcomes(batch.events, error)
     batch.jobs.forEach((one, index) => {
       const outcome = said[index]

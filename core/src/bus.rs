@@ -234,7 +234,7 @@ impl Bus {
         let size = options.batch.as_ref().map_or(1, |batch| batch.size);
         if size > bus.buffer_size {
             return Err(Error::invalid_config(format!(
-                "a batch of {size} does not fit into buffer_size={}: make it smaller, or raise buffer_size",
+                "a batch of {size} does not fit into the buffer of {}: make the batch smaller, or the buffer of the bus larger",
                 bus.buffer_size
             )));
         }

@@ -5,6 +5,8 @@
 
 mod gate;
 mod launch;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

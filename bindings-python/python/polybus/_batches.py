@@ -62,8 +62,8 @@ def report(reporter: _native.Reporter, jobs: Jobs, events: list[Event[Any]], err
         # Whoever names the wrong thing has not said which events are fine: none is taken for done.
         message = f"BatchFailed names {unknown[0]!r}, which is no event of the batch: name them by event.meta.id"
         rest = teller(reporter, ValueError(message))
-    for job, id in zip(jobs, ids):
-        (teller(reporter, error.errors[id]) if id in error.errors else rest)(job)
+    for job, event_id in zip(jobs, ids, strict=True):
+        (teller(reporter, error.errors[event_id]) if event_id in error.errors else rest)(job)
     if done:
         reporter.done(done)
 

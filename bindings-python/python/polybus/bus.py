@@ -353,7 +353,7 @@ class Bus:
         """Hand every matching event to `handler`. Once this returns, every later publish is seen, whoever makes it.
 
         Return = done. Raise = retry by policy, then dead letter. Raise `Retry(after=…)` = again then. Raise
-        `Reject("why")` = dead letter now. A plain function runs on a thread. With `batch`, the handler takes a list, and
+        `Reject("why")` = dead letter now. A plain function runs on a thread. With `batch` the handler takes a list, and
         `BatchFailed` names those that failed. Errors: `InvalidPattern`, `InvalidConfig`,
         `DuplicateSubscription`, `BusClosed`, `ConnectionFailed`; `TypeError` for an unknown keyword.
         """

@@ -202,7 +202,8 @@ class BatchFailed(Exception):
     """
 
     def __init__(self, errors: Mapping[str, BaseException | str]):
-        if not isinstance(errors, Mapping) or not all(isinstance(id, str) for id in errors):
+        given: object = errors
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise TypeError("BatchFailed takes a dict of errors by event.meta.id")
         super().__init__(f"{len(errors)} events of the batch failed")
         self.errors: dict[str, BaseException | str] = dict(errors)
