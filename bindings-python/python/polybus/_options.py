@@ -32,7 +32,7 @@ class BusOptions(TypedDict, total=False):
     buffer_size: int
     """Most deliveries that one subscription holds in this process. Default 1000."""
     when_full: Literal["wait", "error"]
-    """When too many publishes wait: ``wait`` for room up to ``publish_timeout`` (default), or ``error``: `BufferFull`."""
+    """When many publishes wait: ``wait`` for room up to ``publish_timeout`` (default), or ``error``: `BufferFull`."""
     publish_buffer_bytes: int
     """Publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory."""
     fail_open: bool
