@@ -73,7 +73,7 @@ async def test_a_breaker_opens_and_recovers(bus: Bus) -> None:
     assert "polybus_breaker_state" in bus.metrics()
     stats = await stats_when(bus, "s", lambda stats: stats.pending == 0 and stats.breaker == "closed")
     assert (stats.completed, stats.failed, stats.dead) == (6, 2, 0)
-    assert sorted(calls) == [1] * 6 + [2] * 2
+    assert (len(calls), calls.count(1)) == (8, 6)
 
 
 async def test_a_breaker_follows_the_virtual_clock() -> None:
