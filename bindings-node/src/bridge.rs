@@ -17,7 +17,7 @@ use napi::{Env, JsString};
 use napi_derive::napi;
 use polybus_core::codec;
 use polybus_core::delivery::Failure;
-use polybus_core::handler::{CancelReason, Outcome};
+use polybus_core::handler::{CancelReason, Job, Outcome};
 use polybus_core::host::{Cancelled, Host, HostHandler, HostJob};
 use polybus_core::{Bus, Error, ErrorKind, Pattern, Subscription, logs, process};
 
@@ -32,8 +32,9 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// Numbers before the entries: how many finished, cancelled and new, whether more is waiting, whether the log is.
 const HEAD: usize = 5;
-/// Numbers for one job: subscription, job, attempt, redelivered, received at, and the lengths of type, payload, meta, all.
-const JOB: usize = 9;
+/// Numbers for one job: subscription, job, attempt, redelivered, received at, the lengths of type, payload, meta, all, and
+/// 0, or for a handler of batches how many more jobs of the batch there are, this one included.
+const JOB: usize = 10;
 /// Numbers for one cancelled job: subscription, job, reason.
 const CANCELLED: usize = 3;
 /// Numbers for one finished operation: key, whether it succeeded, length.
@@ -59,7 +60,8 @@ struct Held {
 /// What did not fit into the numbers of one take.
 #[derive(Default)]
 struct Leftover {
-    jobs: VecDeque<HostJob>,
+    /// Each with its last number.
+    jobs: VecDeque<(u32, Job, usize)>,
     cancelled: VecDeque<Cancelled>,
     finished: VecDeque<(u64, Output)>,
 }
@@ -174,11 +176,11 @@ impl Bridge {
         let mut left = lock(&self.0.leftover);
         let mut texts = Vec::new();
         let taken = self.0.host.take((room.len() / JOB).saturating_sub(left.jobs.len()));
-        left.jobs.extend(taken.jobs);
+        taken.jobs.into_iter().for_each(|job| left.add(job));
         left.cancelled.extend(taken.cancelled);
         left.finished.extend(taken.finished);
 
-        texts.reserve(left.jobs.iter().map(|job| job.job.event.payload.len() + 512).sum());
+        texts.reserve(left.jobs.iter().map(|job| job.1.event.payload.len() + 512).sum());
         head[0] = fill(&mut left.finished, &mut room, FINISHED, |(key, output), numbers| {
             let ok = output.is_ok();
             let output = output.unwrap_or_else(|error| text(&error));
@@ -193,7 +195,7 @@ impl Bridge {
             };
             numbers.copy_from_slice(&[f64::from(cancelled.subscription), cancelled.job as f64, reason]);
         });
-        head[2] = fill(&mut left.jobs, &mut room, JOB, |HostJob { subscription, job }, numbers| {
+        head[2] = fill(&mut left.jobs, &mut room, JOB, |(subscription, job, more), numbers| {
             let layout = codec::write(&mut texts, &job.event);
             let received = job.received_at.duration_since(UNIX_EPOCH).unwrap_or_default();
             numbers[0] = f64::from(subscription);
@@ -202,6 +204,7 @@ impl Bridge {
             numbers[3] = f64::from(u8::from(job.redelivered));
             numbers[4] = received.as_secs_f64() * 1000.0;
             numbers[5..9].copy_from_slice(&lengths(&texts, &layout));
+            numbers[9] = more as f64;
         });
         head[3] = f64::from(u8::from(!left.is_empty()));
         head[4] = f64::from(u8::from(self.0.logs.swap(false, Ordering::AcqRel)));
@@ -321,6 +324,15 @@ impl Bridge {
 }
 
 impl Leftover {
+    fn add(&mut self, HostJob { subscription, job, batch }: HostJob) {
+        let Some(others) = batch else { return self.jobs.push_back((subscription, job, 0)) };
+        let mut more = others.len() + 1;
+        for job in std::iter::once(job).chain(others) {
+            self.jobs.push_back((subscription, job, more));
+            more -= 1;
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.jobs.is_empty() && self.cancelled.is_empty() && self.finished.is_empty()
     }

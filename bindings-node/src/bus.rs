@@ -423,6 +423,7 @@ fn stats_value(subscription: &Subscription, group: Option<GroupStats>) -> Value 
         "released": count(|c| &c.released),
         "timedOut": count(|c| &c.timed_out),
         "leasesLost": count(|c| &c.leases_lost),
+        "breaker": subscription.breaker().map(polybus_core::breaker::Phase::as_str),
         "busyMs": count(|c| &c.busy_micros) as f64 / 1000.0,
     })
 }

@@ -12,7 +12,7 @@ import { BusClosed, Failed, fromNative, HandlerTimeout, LeaseLost, PolybusError 
 import { deliver, type Received } from './event.js'
 import { failureOf, payloadText } from './json.js'
 import { native } from './native.js'
-import { isReject, isRetry } from './retry.js'
+import { isBatchFailed, isReject, isRetry } from './retry.js'
 
 /** What a handler is given beside the event. */
 export interface HandlerContext {
@@ -23,9 +23,12 @@ export interface HandlerContext {
 /** What a subscription runs. Return = done, throw = retry by policy, then dead letter. */
 export type Handler<T = any> = (event: Received<T>, context: HandlerContext) => unknown
 
+/** What a subscription with `batch` runs; {@link BatchFailed} fails some of the events. */
+export type BatchHandler<T = any> = (events: Received<T>[], context: HandlerContext) => unknown
+
 // As in bindings-node/src/bridge.rs.
 const HEAD = 5
-const JOB = 9
+const JOB = 10
 const CANCELLED = 3
 const FINISHED = 3
 /** Nobody destroys it: spares the garbage collector a hook. */
@@ -67,6 +70,7 @@ export class Context implements HandlerContext {
   constructor(
     /** @internal */ readonly runner: Runner,
     /** @internal */ readonly job: number,
+    /** @internal For a handler of batches. */ readonly batch?: Gathering,
   ) {}
 
   /** Aborted when the handler's outcome no longer counts. */
@@ -85,19 +89,28 @@ function reasonOf(reason: number): Error {
   return new BusClosed('the bus is closing; the delivery was handed back')
 }
 
+/** The jobs of a batch, and their events. */
+interface Gathering {
+  readonly jobs: number[]
+  readonly events: Received[]
+}
+
 /** A subscription, as the bridge sees it. */
 export class Runner {
   /** Set when the subscription is made, like the next. */
   group = ''
   timeoutMs: number | null = null
   readonly jobs = new Map<number, Context>()
+  /** A batch that has not come over completely. */
+  gathering: Gathering | undefined
 
   constructor(
     readonly id: number,
     readonly name: string,
-    public handler: Handler,
+    public handler: (given: any, context: HandlerContext) => unknown,
     /** What the handler returns answers requests. */
     readonly answers: boolean,
+    readonly takesBatches = false,
   ) {}
 }
 
@@ -171,10 +184,10 @@ export class Bridge {
   }
 
   /** A runner for a new subscription. */
-  runner(name: string, handler: Handler, answers: boolean): Runner {
+  runner(name: string, handler: Runner['handler'], answers: boolean, takesBatches: boolean): Runner {
     do this.#lastRunner = (this.#lastRunner + 1) >>> 0
     while (this.#runners.has(this.#lastRunner))
-    const runner = new Runner(this.#lastRunner, name, handler, answers)
+    const runner = new Runner(this.#lastRunner, name, handler, answers, takesBatches)
     this.#runners.set(runner.id, runner)
     return runner
   }
@@ -226,7 +239,9 @@ export class Bridge {
             runner.group,
             numbers[at + 4] as number,
           )
-          this.#run(runner, job, event)
+          const more = numbers[at + 9] as number
+          if (more === 0) this.#run(runner, event, new Context(runner, job))
+          else this.#gather(runner, job, event, more)
         }
         start = end
       }
@@ -268,15 +283,28 @@ export class Bridge {
     else waiting.reject(new Failed(text))
   }
 
-  #run(runner: Runner, job: number, event: Received): void {
-    const context = new Context(runner, job)
-    runner.jobs.set(job, context)
+  /** One of a batch, of which `more` are still to come, this one included. */
+  #gather(runner: Runner, job: number, event: Received, more: number): void {
+    runner.gathering ??= { jobs: [], events: [] }
+    runner.gathering.jobs.push(job)
+    runner.gathering.events.push(event)
+    if (more > 1) return
+    const batch = runner.gathering
+    runner.gathering = undefined
+    const context = new Context(runner, job, batch)
+    for (const other of batch.jobs) runner.jobs.set(other, context)
+    // A copy: handlers may empty what they are given.
+    this.#run(runner, [...batch.events], context)
+  }
+
+  #run(runner: Runner, given: Received | Received[], context: Context): void {
+    if (context.batch === undefined) runner.jobs.set(context.job, context)
     try {
       // A context of its own: what one handler enters must not leak into the next.
       const result = new AsyncResource('PolybusHandler', MANUAL).runInAsyncScope(
         runner.handler,
         undefined,
-        event,
+        given,
         context,
       )
       if (isThenable(result)) {
@@ -309,7 +337,12 @@ export class Bridge {
     this.#native.reply(runner.id, job, text)
   }
 
-  #succeeded({ runner, job }: Context): void {
+  #succeeded({ runner, job, batch }: Context): void {
+    if (batch === undefined) this.#jobDone(runner, job)
+    else for (const one of batch.jobs) this.#jobDone(runner, one)
+  }
+
+  #jobDone(runner: Runner, job: number): void {
     runner.jobs.delete(job)
     this.#done[2 * this.#doneCount] = runner.id
     this.#done[2 * this.#doneCount + 1] = job
@@ -330,7 +363,20 @@ export class Bridge {
     this.#native.complete(this.#done, count)
   }
 
-  #failed({ runner, job }: Context, error: unknown): void {
+  #failed({ runner, job, batch }: Context, error: unknown): void {
+    if (batch === undefined) {
+      this.#jobFailed(runner, job, error)
+      return
+    }
+    const said = batchOutcomes(batch.events, error)
+    batch.jobs.forEach((one, index) => {
+      const outcome = said[index]
+      if (outcome === undefined) this.#jobDone(runner, one)
+      else this.#jobFailed(runner, one, outcome.error)
+    })
+  }
+
+  #jobFailed(runner: Runner, job: number, error: unknown): void {
     runner.jobs.delete(job)
     this.#flush()
     if (error === HAND_BACK) {
@@ -342,6 +388,17 @@ export class Bridge {
     if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack, code)
     else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack, code)
   }
+}
+
+/** What a handler of batches that threw says of each event; nothing: it is done. */
+function batchOutcomes(events: readonly Received[], error: unknown): ({ error: unknown } | undefined)[] {
+  if (!isBatchFailed(error)) return events.map(() => ({ error }))
+  const ids = new Set(events.map((event) => event.meta.id))
+  const unknown = [...error.errors.keys()].find((id) => !ids.has(id))
+  // Whoever names the wrong thing has not said which events are fine: none is taken for done.
+  const message = `BatchFailed names ${JSON.stringify(unknown)}, which is no event of the batch: name them by event.meta.id`
+  const rest = unknown === undefined ? undefined : { error: new TypeError(message) }
+  return events.map(({ meta: { id } }) => (error.errors.has(id) ? { error: error.errors.get(id) } : rest))
 }
 
 /** The lowest level that `logger` wants; debug only if it says so, as pino does. */

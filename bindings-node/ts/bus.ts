@@ -5,7 +5,7 @@
  */
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { Batch, type Draft, eventsOf, type PublishOptions } from './batch.js'
-import { bridge, type Handler, type Logger, run } from './bridge.js'
+import { type BatchHandler, bridge, type Handler, type Logger, type Runner, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
 import { reloads } from './development.js'
 import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
@@ -25,7 +25,15 @@ import {
 import { native } from './native.js'
 import { type RequestOptions, request } from './request.js'
 import type { RetryPolicy } from './retry.js'
-import { DRAIN_MS, Events, type EventsOptions, type SubscribeOptions, Subscription } from './subscription.js'
+import {
+  DRAIN_MS,
+  Events,
+  type EventsOptions,
+  type SubscribeOptions,
+  Subscription,
+  takesBatches,
+  type WithBatch,
+} from './subscription.js'
 import { handleNow, isSync } from './sync.js'
 import type { BusStats, Guarantees, Receipt } from './views.js'
 
@@ -43,6 +51,10 @@ export interface BusOptions {
   workerCount?: number
   /** Most deliveries that one subscription holds in this process. Default 1000. */
   bufferSize?: number
+  /** What a publish does when too many wait: for room, up to `publishTimeoutMs` (default), or fail with BufferFull. */
+  whenFull?: 'wait' | 'error'
+  /** Publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory. */
+  publishBufferBytes?: number
   /** A publish that fails in the transport is logged and counted, not thrown. Default false. */
   failOpen?: boolean
   /** Largest payload, on publish and on consume. Default 1 MiB. */
@@ -238,11 +250,13 @@ export class Bus<E extends object = AnyEvents> {
    *
    * @throws InvalidConfig, InvalidPattern, DuplicateSubscription at once.
    */
+  on<K extends TypeOf<E>>(pattern: K, options: WithBatch, handler: BatchHandler<E[K]>): this
+  on<T = any>(pattern: string, options: WithBatch, handler: BatchHandler<T>): this
   on<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>): this
   on<K extends TypeOf<E>>(pattern: K, options: SubscribeOptions, handler: Handler<E[K]>): this
   on<T = any>(pattern: string, handler: Handler<T>): this
   on<T = any>(pattern: string, options: SubscribeOptions, handler: Handler<T>): this
-  on(pattern: string, optionsOrHandler: SubscribeOptions | Handler, maybeHandler?: Handler): this {
+  on(pattern: string, optionsOrHandler: SubscribeOptions | Handler, maybeHandler?: Handler | BatchHandler): this {
     const [options, handler] =
       typeof optionsOrHandler === 'function' ? [maybeHandler ?? {}, optionsOrHandler] : [optionsOrHandler, maybeHandler]
     const registration = { ...this.#check(pattern, handler, options as SubscribeOptions), subscribed: undefined }
@@ -291,21 +305,23 @@ export class Bus<E extends object = AnyEvents> {
       this.#publishing = added(this.#publishing, middleware as PublishMiddleware, this.#replaces)
     } else {
       this.#handling = added(this.#handling, middleware as HandleMiddleware, this.#replaces)
-      for (const live of this.#live) live.runner.handler = this.#wired(live.handler)
+      for (const live of this.#live) live.runner.handler = this.#wired(live.handler, live.runner.takesBatches)
     }
     return this
   }
 
-  /** What the bridge calls for each event. */
-  #wired(handler: Handler): Handler {
-    const whole = this.#handling.length === 0 ? handler : around(this.#handling, handler)
-    return (event, context) => inside.run(this, whole, event, context)
+  /** What the bridge calls for each event, or for each batch, which middleware does not see. */
+  #wired(handler: Handler, batches: boolean): Runner['handler'] {
+    const whole = batches || this.#handling.length === 0 ? handler : around(this.#handling, handler)
+    return (given, context) => inside.run(this, whole, given, context)
   }
 
   /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
+  subscribe<K extends TypeOf<E>>(pattern: K, handler: BatchHandler<E[K]>, options: WithBatch): Promise<Subscription>
+  subscribe<T = any>(pattern: string, handler: BatchHandler<T>, options: WithBatch): Promise<Subscription>
   subscribe<K extends TypeOf<E>>(pattern: K, handler: Handler<E[K]>, options?: SubscribeOptions): Promise<Subscription>
   subscribe<T = any>(pattern: string, handler: Handler<T>, options?: SubscribeOptions): Promise<Subscription>
-  async subscribe(pattern: string, handler: Handler, options?: SubscribeOptions): Promise<Subscription> {
+  async subscribe(pattern: string, handler: Handler | BatchHandler, options?: SubscribeOptions): Promise<Subscription> {
     const checked = this.#check(pattern, handler, options)
     return await this.#subscribe(checked.pattern, checked.handler, checked.options)
   }
@@ -347,7 +363,7 @@ export class Bus<E extends object = AnyEvents> {
       const { made, ended, runner } = old
       if (old.pattern === pattern && old.options === text) {
         old.handler = handler
-        runner.handler = this.#wired(handler)
+        runner.handler = this.#wired(handler, runner.takesBatches)
         old.onEnd = onEnd
         return await made
       }
@@ -355,7 +371,8 @@ export class Bus<E extends object = AnyEvents> {
       if (this.#live.has(old)) await run((key) => home.native.drain(key, runner.id, DRAIN_MS)).then(ended)
     }
     const answers = (options as Answering).respond === true
-    const runner = home.runner(options.name as string, this.#wired(handler), answers)
+    const batches = takesBatches(options)
+    const runner = home.runner(options.name as string, this.#wired(handler, batches), answers, batches)
     const live: Live = {
       runner,
       handler,
@@ -521,6 +538,9 @@ export class Bus<E extends object = AnyEvents> {
   events<K extends TypeOf<E>>(pattern: K, options?: EventsOptions): Events<E[K]>
   events<T = any>(pattern: string, options?: EventsOptions): Events<T>
   events(pattern: string, given: EventsOptions = {}): Events {
+    if (takesBatches(given)) {
+      throw new InvalidConfig('events() gives one event at a time; leave out batch, or subscribe a handler')
+    }
     const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
       this.#subscribe(pattern, handler, checked.options, () => events.end(), false),

@@ -6,7 +6,7 @@
 import { native } from './native.js'
 
 export type { Draft, PublishOptions } from './batch.js'
-export type { Handler, HandlerContext, Logger } from './bridge.js'
+export type { BatchHandler, Handler, HandlerContext, Logger } from './bridge.js'
 export {
   type AnyEvents,
   Bus,
@@ -50,9 +50,11 @@ export type {
   UseOptions,
 } from './middleware.js'
 export type { RequestOptions } from './request.js'
-export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
+export { BatchFailed, Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
 export { type CloseOnSignalsOptions, closeOnSignals } from './shutdown.js'
 export type {
+  BatchOptions,
+  BreakerOptions,
   DrainTimeout,
   Events,
   EventsOptions,

@@ -24,6 +24,7 @@ export interface RetryPolicy {
 
 const RETRY = Symbol.for('polybus.retry')
 const REJECT = Symbol.for('polybus.reject')
+const BATCH_FAILED = Symbol.for('polybus.batchFailed')
 
 /** Thrown by a handler: try again after this long. Counts as an attempt. */
 export class Retry extends Error {
@@ -53,6 +54,34 @@ export class Reject extends Error {
     super(reason, options)
     Object.defineProperty(this, REJECT, { value: true })
   }
+}
+
+/**
+ * Thrown by a handler of batches: these of its events failed, by `event.meta.id`. All others are done.
+ *
+ * What went wrong with each may be anything that a handler throws, {@link Retry} and {@link Reject} among it. An id that
+ * the batch does not have fails all events that are not named.
+ */
+export class BatchFailed extends Error {
+  override readonly name = 'BatchFailed'
+  /** By event id. */
+  readonly errors: ReadonlyMap<string, unknown>
+
+  /** @throws InvalidConfig for what is neither a map nor a plain object. */
+  constructor(errors: ReadonlyMap<string, unknown> | Readonly<Record<string, unknown>>) {
+    if (typeof errors !== 'object' || errors === null || Array.isArray(errors)) {
+      throw new InvalidConfig('BatchFailed takes the errors by event.meta.id, as a Map or an object')
+    }
+    const byId = new Map(errors instanceof Map ? errors : Object.entries(errors))
+    super(`${byId.size} events of the batch failed`)
+    this.errors = byId
+    Object.defineProperty(this, BATCH_FAILED, { value: true })
+  }
+}
+
+/** Whether `error` is a {@link BatchFailed}, of this copy of the package or another. */
+export function isBatchFailed(error: unknown): error is BatchFailed {
+  return has(error, BATCH_FAILED)
 }
 
 /** Whether `error` is a {@link Retry}, of this copy of the package or another. */

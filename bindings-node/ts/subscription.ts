@@ -8,13 +8,33 @@ import { BusClosed } from './errors.js'
 import type { Received } from './event.js'
 import type { RetryPolicy } from './retry.js'
 
+/** When a subscription stops taking events, and how it starts again. */
+export interface BreakerOptions {
+  /** So many failed calls of the handler … Default 5. */
+  threshold?: number
+  /** … within this time open the breaker: nothing is taken any more. Default 60 000. */
+  windowMs?: number
+  /** How long. Default 30 000. */
+  recoveryMs?: number
+  /** How many calls are tried then, at once; when all succeed it closes, when one fails it opens again. Default 1. */
+  probes?: number
+}
+
+/** How events are gathered for a handler that takes an array. */
+export interface BatchOptions {
+  /** Most events of one batch. Default 100. */
+  size?: number
+  /** How long the first one waits for the others. Default 50. */
+  waitMs?: number
+}
+
 /** Options of a subscription. */
 export interface SubscribeOptions {
   /** Unique on the bus. Default the handler's name. */
   name?: string
   /** Durable group. Default `<service>/<name>`. */
   group?: string
-  /** Handlers that run at once. Default the bus's `workerCount`. */
+  /** Handlers that run at once. Default the bus's `workerCount`, and 1 for a handler of batches. */
   concurrency?: number
   /** Deliveries taken ahead of a free handler. Default 0: nothing waits here that another process could do. */
   prefetch?: number
@@ -33,6 +53,18 @@ export interface SubscribeOptions {
   ordered?: boolean
   /** Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true. */
   deadLetter?: boolean
+  /** Stop taking while the handler keeps failing; `true` for the defaults. Default none. */
+  breaker?: BreakerOptions | boolean
+  /** The handler takes an array of events; {@link BatchFailed} fails some of them. `true` for the defaults. */
+  batch?: BatchOptions | boolean
+}
+
+/** Options of a subscription whose handler takes batches. */
+export type WithBatch = SubscribeOptions & { batch: BatchOptions | true }
+
+/** Whether these are the options of a handler of batches. */
+export function takesBatches({ batch = false }: SubscribeOptions): boolean {
+  return batch !== false && batch !== null
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */
@@ -62,6 +94,8 @@ export interface SubscriptionStats {
   readonly released: number
   readonly timedOut: number
   readonly leasesLost: number
+  /** Where the breaker stands; `null` without one. */
+  readonly breaker: 'closed' | 'open' | 'half_open' | null
   /** Sum of handler times. */
   readonly busyMs: number
 }
@@ -135,7 +169,7 @@ interface Offered<T> {
 }
 
 /** Options of {@link Bus.events}. */
-export type EventsOptions = Omit<SubscribeOptions, 'retry' | 'concurrency'>
+export type EventsOptions = Omit<SubscribeOptions, 'retry' | 'concurrency' | 'batch'>
 
 /** A subscription read with `for await`: see {@link Bus.events}. */
 export class Events<T = any> implements AsyncIterableIterator<Received<T>> {

@@ -24,7 +24,7 @@ export async function handleNow(runner: Runner, event: Received): Promise<void> 
   })
   const handled = (async () => {
     try {
-      await runner.handler(event, context)
+      await runner.handler(runner.takesBatches ? [event] : event, context)
     } catch (cause) {
       throw new HandlerError(`handler ${name} failed on ${event.type}: ${describe(cause)}`, { cause })
     }

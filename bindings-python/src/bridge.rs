@@ -16,13 +16,14 @@ use std::time::Duration;
 use ahash::AHashMap;
 use polybus_core::delivery::Failure;
 use polybus_core::event::Text;
-use polybus_core::handler::Outcome;
+use polybus_core::handler::{Job, Outcome};
 use polybus_core::host::{Host, HostHandler, HostJob};
 use polybus_core::{ErrorKind, Result, codec, process};
 use pyo3::PyClass;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::error::to_py;
 use crate::event::{Delivery, PyEvent};
@@ -203,7 +204,7 @@ impl Bridge {
     }
 
     /// Resolves what finished and returns what is to be started and stopped: `(jobs, cancelled)`. Jobs come in order as
-    /// `(subscription, [(job, event), …])`, what is cancelled as `(subscription, job)`.
+    /// `(subscription, [(job, event), …])`, those of a batch as `((job, …), [event, …])`, what is cancelled as `(subscription, job)`.
     fn take(&self, py: Python<'_>, max: usize) -> PyResult<Given> {
         if let Wake::Loop { bell, .. } = &*self.wake {
             bell.hear();
@@ -291,8 +292,17 @@ pub fn untracked<T: PyClass<BaseType = PyAny> + Into<PyClassInitializer<T>>>(
     Ok(object)
 }
 
-/// Jobs of one subscription, in order.
-type Started = (u32, Vec<(u64, Py<PyEvent>)>);
+/// What one call of a handler is given.
+#[derive(IntoPyObject)]
+enum Work {
+    /// A job and its event.
+    One(u64, Py<PyEvent>),
+    /// The jobs of a batch, as a tuple, and their events, as a list.
+    Batch(Py<PyTuple>, Vec<Py<PyEvent>>),
+}
+
+/// Work of one subscription, in order.
+type Started = (u32, Vec<Work>);
 /// What is to be started, and what is to be stopped.
 type Given = (Vec<Started>, Vec<(u32, u64)>);
 
@@ -306,25 +316,34 @@ impl Bridge {
     fn started(&self, py: Python<'_>, jobs: Vec<HostJob>) -> PyResult<Vec<Started>> {
         let mut started: Vec<Started> = Vec::new();
         let mut group = Text::default();
-        for HostJob { subscription, job } in jobs {
+        for HostJob { subscription, job, batch } in jobs {
             if started.last().is_none_or(|(last, _)| *last != subscription) {
                 // The lock is not held while objects are made: that may run a finalizer, which may come back here.
                 group = lock(&self.groups).get(&subscription).cloned().unwrap_or_default();
                 started.push((subscription, Vec::new()));
             }
-            let delivery = Delivery {
-                attempt: job.attempt,
-                redelivered: job.redelivered,
-                group: group.clone(),
-                received_at: job.received_at,
+            let work = match batch {
+                None => Work::One(job.id, delivered(py, job, &group)?),
+                Some(others) => {
+                    let jobs = std::iter::once(job).chain(others);
+                    let (ids, events): (Vec<_>, Vec<_>) = jobs.map(|job| (job.id, delivered(py, job, &group))).unzip();
+                    let events = events.into_iter().collect::<PyResult<_>>()?;
+                    Work::Batch(PyTuple::new(py, ids)?.unbind(), events)
+                }
             };
-            let event = untracked(py, PyEvent::delivered(job.event, delivery))?;
-            if let Some((_, jobs)) = started.last_mut() {
-                jobs.push((job.id, event));
+            if let Some((_, works)) = started.last_mut() {
+                works.push(work);
             }
         }
         Ok(started)
     }
+}
+
+/// The event of a job, as its handler sees it.
+fn delivered(py: Python<'_>, job: Job, group: &Text) -> PyResult<Py<PyEvent>> {
+    let Job { event, attempt, redelivered, received_at, .. } = job;
+    let delivery = Delivery { attempt, redelivered, group: group.clone(), received_at };
+    untracked(py, PyEvent::delivered(event, delivery))
 }
 
 fn resolve(py: Python<'_>, future: &Bound<'_, PyAny>, answer: Answer) -> PyResult<()> {

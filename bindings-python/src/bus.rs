@@ -209,7 +209,7 @@ impl PyBus {
     ) -> PyResult<(String, usize)> {
         polybus_core::Pattern::new(pattern).map_err(raise(py))?;
         let options = subscribe_options(py, given)?;
-        let concurrency = options.concurrency.unwrap_or(self.0.options().worker_count);
+        let concurrency = options.concurrency_on(self.0.options());
         Ok((options.name, concurrency))
     }
 
@@ -444,6 +444,7 @@ fn numbers(py: Python<'_>, subscription: &Subscription, group: Option<GroupStats
     ] {
         fields.set_item(name, counter.load(Relaxed))?;
     }
+    fields.set_item("breaker", subscription.breaker().map(polybus_core::breaker::Phase::as_str))?;
     fields.set_item("busy_seconds", counters.busy_micros.load(Relaxed) as f64 / 1e6)?;
     view(py, "SubscriptionStats", &fields)
 }

@@ -26,11 +26,13 @@ enum Kind {
     /// A datetime or seconds since 1970 → milliseconds since 1970; words stay.
     Time,
     Retry,
+    /// A dict with options of its own, or a flag. What is not known the core names.
+    Members(&'static Options),
     /// Promised, not there yet.
     Later,
 }
 
-use Kind::{Later, Plain, Retry, Seconds, Time};
+use Kind::{Later, Members, Plain, Retry, Seconds, Time};
 
 /// The options of one call: what they belong to, and their names.
 pub struct Options {
@@ -46,6 +48,8 @@ pub const BUS: Options = Options {
         ("mode", Plain),
         ("worker_count", Plain),
         ("buffer_size", Plain),
+        ("when_full", Plain),
+        ("publish_buffer_bytes", Plain),
         ("fail_open", Plain),
         ("max_payload_bytes", Plain),
         ("retry", Retry),
@@ -77,11 +81,18 @@ pub const SUBSCRIBE: Options = Options {
         ("ordered", Plain),
         ("dead_letter", Plain),
         ("respond", Plain),
-        ("batch", Later),
+        ("batch", Members(&BATCH)),
         ("idempotent", Later),
-        ("breaker", Later),
+        ("breaker", Members(&BREAKER)),
     ],
 };
+
+const BREAKER: Options = Options {
+    what: "breaker",
+    known: &[("threshold", Plain), ("window", Seconds), ("recovery", Seconds), ("probes", Plain)],
+};
+
+const BATCH: Options = Options { what: "batch", known: &[("size", Plain), ("wait", Seconds)] };
 
 pub const PUBLISH: Options =
     Options { what: "publish()", known: &[("delay", Seconds), ("expires_in", Seconds), ("mode", Plain)] };
@@ -127,11 +138,26 @@ impl Options {
             if value.is_none() || off {
                 continue;
             }
-            if out.len() > 1 {
-                out.push(',');
+            kind.write(&mut out, py, name, &value)?;
+        }
+        out.push('}');
+        Ok(out)
+    }
+
+    /// The JSON object of a dict that is the value of `option`.
+    fn members(&self, option: &str, given: &Bound<'_, PyDict>) -> PyResult<String> {
+        let py = given.py();
+        let mut out = String::from("{");
+        for (name, value) in given.iter() {
+            let Ok(name) = name.cast::<PyString>() else {
+                let message = format!("{option} has a {} as a name; names are strings", json::type_name(&name));
+                return Err(invalid_config(py, message));
+            };
+            let name = name.to_str()?;
+            let kind = self.known.iter().find(|(known, _)| *known == name).map_or(Plain, |(_, kind)| *kind);
+            if !value.is_none() {
+                kind.write(&mut out, py, name, &value)?;
             }
-            let suffix = if matches!(kind, Seconds) { "_ms" } else { "" };
-            out.push_str(&format!("\"{name}{suffix}\":{}", kind.json(py, name, &value)?));
         }
         out.push('}');
         Ok(out)
@@ -150,6 +176,20 @@ impl Options {
 }
 
 impl Kind {
+    /// Appends a member to a JSON object.
+    fn write(self, out: &mut String, py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        if out.len() > 1 {
+            out.push(',');
+        }
+        let suffix = if matches!(self, Seconds) { "_ms" } else { "" };
+        out.push_str(&format!(
+            "{}:{}",
+            serde_json::Value::from(format!("{name}{suffix}")),
+            self.json(py, name, value)?
+        ));
+        Ok(())
+    }
+
     fn json(self, py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<String> {
         let number =
             !value.is_instance_of::<PyBool>() && (value.is_instance_of::<PyFloat>() || value.is_instance_of::<PyInt>());
@@ -168,6 +208,7 @@ impl Kind {
                     format!("{name} is a {}; give RetryPolicy(max_retries=…)", json::type_name(value)),
                 )),
             },
+            Members(options) if value.is_instance_of::<PyDict>() => options.members(name, value.cast::<PyDict>()?),
             Later => {
                 Err(to_py(py, &Error::unsupported(format!("{name}= is not available in this version; leave it out"))))
             }

@@ -82,6 +82,8 @@ async fn open(url: &str) -> Result<Arc<dyn Transport>, Failure> {
         confirm: Confirm::Memory,
         partitions: None,
         max_payload_bytes: 1 << 20,
+        publish_buffer_bytes: None,
+        when_full: polybus_core::transport::WhenFull::Wait,
         clock: Clock::default(),
         allow_network_fs: false,
     };

@@ -31,6 +31,8 @@ async fn open(path: &Path, durability: Durability) -> Result<Arc<dyn Transport>>
         confirm: Confirm::Memory,
         partitions: None,
         max_payload_bytes: 1 << 20,
+        publish_buffer_bytes: None,
+        when_full: polybus_core::transport::WhenFull::Wait,
         clock: polybus_core::clock::Clock::default(),
         allow_network_fs: false,
     };

@@ -228,7 +228,7 @@ impl Bus {
     /// Joins a group and hands its events to `handler`. Once this resolves every later publish is seen.
     ///
     /// `InvalidPattern`, `DuplicateSubscription` for a name that is in use on this bus, `ConnectionFailed`,
-    /// `InvalidConfig` for an order that the group was not made with.
+    /// `InvalidConfig` for an order that the group was not made with, or a batch that is larger than `buffer_size`.
     pub async fn subscribe(
         &self,
         pattern: &str,
@@ -242,6 +242,14 @@ impl Bus {
             ));
         }
         let bus = &self.0.options;
+        let concurrency = options.concurrency_on(bus);
+        let size = options.batch.as_ref().map_or(1, |batch| batch.size);
+        if size > bus.buffer_size {
+            return Err(Error::invalid_config(format!(
+                "a batch of {size} does not fit into the buffer of {}: make the batch smaller, or the buffer of the bus larger",
+                bus.buffer_size
+            )));
+        }
         let name: Text = options.name.as_str().into();
         let group: Text = options.group_for(&bus.service).into();
         let session = self.session();
@@ -254,6 +262,7 @@ impl Bus {
             pattern: pattern.clone(),
             counters: counters.clone(),
             broadcast: options.broadcast,
+            breaker: options.breaker.is_some(),
         };
         let subscription = Subscription { facts: Arc::new(facts), wish, ended };
         {
@@ -296,7 +305,6 @@ impl Bus {
         if !options.broadcast {
             process::current().leases.keep(&source, bus.lease);
         }
-        let concurrency = options.concurrency.unwrap_or(bus.worker_count).min(bus.buffer_size);
         let retry = options.retry.unwrap_or_else(|| bus.retry.clone());
         let handler = match options.respond {
             false => handler,
@@ -308,12 +316,14 @@ impl Bus {
             rules: Rules {
                 label: format!("{group} ({})", subscription.pattern()),
                 concurrency,
-                prefetch: options.prefetch.min(bus.buffer_size - concurrency),
+                prefetch: options.prefetch.min(bus.buffer_size - concurrency * size),
                 retry,
                 timeout: options.timeout,
                 dead_letter: !options.drop_dead,
                 broadcast: options.broadcast,
                 lease: bus.lease,
+                breaker: options.breaker,
+                batch: options.batch,
             },
             clock: self.0.clock.clone(),
             faults: self.0.kit.as_ref().map(|kit| kit.faults.clone()),

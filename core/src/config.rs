@@ -32,12 +32,14 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 18] = [
+const OPTIONS: [(&str, Kind); 20] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
     ("worker_count", Kind::Number),
     ("buffer_size", Kind::Number),
+    ("when_full", Kind::Text),
+    ("publish_buffer_bytes", Kind::Number),
     ("fail_open", Kind::Flag),
     ("max_payload_bytes", Kind::Number),
     ("retry", Kind::Retry),

@@ -3,6 +3,11 @@
 //! One task for each subscription owns all of its state; the handler reports from anywhere. This is the only place
 //! that makes a verdict.
 
+mod gate;
+mod launch;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,20 +16,18 @@ use std::time::Duration;
 use ahash::AHashMap;
 use tokio::sync::watch;
 
+use crate::batch::{BatchOptions, Batches};
+use crate::breaker::{Breaker, BreakerOptions, Ended, Ticket};
 use crate::clock::Clock;
-use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease, Verdict};
+use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{ErrorKind, Result};
 use crate::event::Event;
-use crate::handler::{CancelReason, Handler, Job, Outcome, Reporter};
+use crate::handler::{CancelReason, Handler, Outcome, Reporter};
 use crate::metrics::{Origin, Status};
 use crate::retry::{Jitter, RetryPolicy};
 use crate::subscription::{Counters, Wish};
 use crate::testkit::Faults;
-use crate::transport::{Settlement, Source, Task};
-
-/// A delivery whose process died is tried at least this often, however few retries the policy allows, before it is
-/// taken for poison.
-const POISON_ATTEMPTS: u32 = 3;
+use crate::transport::{Rest, Settlement, Source, Task};
 
 /// Back-off of the loop itself when the transport fails.
 const RECONNECT: RetryPolicy = RetryPolicy {
@@ -48,6 +51,8 @@ pub(crate) struct Rules {
     /// Nothing is settled, so nothing is retried.
     pub broadcast: bool,
     pub lease: Duration,
+    pub breaker: Option<BreakerOptions>,
+    pub batch: Option<BatchOptions>,
 }
 
 pub(crate) struct Dispatcher {
@@ -66,6 +71,15 @@ struct Running {
     attempt: u32,
     event: Event,
     started: Duration,
+    call: Call,
+}
+
+/// The call of the handler that a delivery is part of.
+#[derive(Clone, Copy)]
+struct Call {
+    ticket: Option<Ticket>,
+    /// Several deliveries may share it.
+    batch: Option<u64>,
 }
 
 /// What the loop holds between turns.
@@ -79,6 +93,10 @@ struct Held {
     unsettled: Vec<Settlement>,
     /// How many of a settle are on their way.
     settling: usize,
+    breaker: Option<Breaker>,
+    batches: Option<Batches>,
+    /// As told to the source last.
+    rest: Option<Rest>,
 }
 
 type Settling = Task<(Vec<Settlement>, Result<Vec<Lease>>)>;
@@ -87,7 +105,11 @@ impl Dispatcher {
     /// Runs until drained, then closes the source.
     pub async fn run(mut self) {
         let reporter = Reporter::default();
-        let mut held = Held::default();
+        let mut held = Held {
+            breaker: self.rules.breaker.clone().map(Breaker::new),
+            batches: self.rules.batch.clone().map(Batches::new),
+            ..Held::default()
+        };
         let mut taking: Option<Task<Result<Vec<Delivery>>>> = None;
         let mut settling: Option<Settling> = None;
         let mut checking: Option<Task<Result<Vec<Lease>>>> = None;
@@ -98,8 +120,10 @@ impl Dispatcher {
 
         loop {
             let wish = *self.wish.borrow_and_update();
-            if wish != Wish::Run {
-                self.hand_back(&mut held); // also what a take that was under way has brought
+            self.recover(&mut held);
+            let admitted = self.admitted(&held, wish);
+            if held.buffered.len() > admitted {
+                self.hand_back(&mut held, admitted); // also what a take that was under way has brought
             }
             if let Wish::Drain(deadline) = wish {
                 if tokio::time::Instant::now() >= deadline {
@@ -109,10 +133,12 @@ impl Dispatcher {
                     break;
                 }
             }
-            self.launch(&mut held, &reporter);
+            if wish == Wish::Run {
+                self.launch(&mut held, &reporter);
+            }
             self.publish_gauges(&held);
-            let room = (self.rules.concurrency + self.rules.prefetch)
-                .saturating_sub(held.running.len() + held.buffered.len() + held.settling + held.unsettled.len());
+            self.rest(&mut held);
+            let room = self.room(&held);
             if taking.is_none() && room > 0 && wish == Wish::Run && resume_at.is_none() {
                 taking = Some(self.source.take(room));
             }
@@ -143,7 +169,7 @@ impl Dispatcher {
                 taken = maybe(&mut taking) => {
                     taking = None;
                     match taken {
-                        Ok(deliveries) => { failures = 0; held.buffered.extend(deliveries); }
+                        Ok(deliveries) => { failures = 0; self.buffer(&mut held, deliveries); }
                         Err(error) if error.kind() == ErrorKind::BusClosed => break,
                         Err(error) => resume_at = Some(self.back_off(&mut failures, "take", &error)),
                     }
@@ -154,7 +180,7 @@ impl Dispatcher {
                         self.forget(&mut held, &lost);
                     }
                 },
-                () = until(held.next_deadline(), |due| self.clock.sleep_until(due)) => self.expire(&mut held),
+                () = until(self.next_due(&mut held), |due| self.clock.sleep_until(due)) => self.expire(&mut held),
                 () = tokio::time::sleep_until(next_check) => {
                     next_check = tokio::time::Instant::now() + check_every;
                     if checking.is_none() && !held.running.is_empty() {
@@ -172,55 +198,20 @@ impl Dispatcher {
         self.publish_gauges(&Held::default());
     }
 
-    /// Moves buffered deliveries into the handler while there are permits.
-    fn launch(&self, held: &mut Held, reporter: &Reporter) {
-        let now = self.clock.elapsed();
-        let mut jobs = Vec::new();
-        while held.running.len() < self.rules.concurrency {
-            let Some(delivery) = held.buffered.pop_front() else { break };
-            let event = match &delivery.body {
-                Body::Event(event) => event.clone(),
-                Body::Undecodable { reason, .. } => {
-                    let failure = Failure::new("InvalidEvent", reason, "");
-                    held.unsettled.push(self.dead(delivery.lease, DeadReason::Undecodable, failure));
-                    continue;
-                }
-            };
-            if delivery.attempt > self.rules.retry.max_attempts().max(POISON_ATTEMPTS) {
-                let message = format!("taken {} times and never finished: it ends its process", delivery.attempt - 1);
-                self.counters
-                    .attempts
-                    .change(Origin::of(&event), |attempts| attempts.ended(Status::DeadLettered, None));
-                held.unsettled.push(self.dead(delivery.lease, DeadReason::Poison, Failure::new("Poison", message, "")));
-                continue;
-            }
-            held.next_id += 1;
-            let id = held.next_id;
-            held.running.insert(
-                id,
-                Running { lease: delivery.lease, attempt: delivery.attempt, event: event.clone(), started: now },
-            );
-            if self.faults.as_ref().is_some_and(|faults| faults.take_failure(&event)) {
-                let failure = Failure::new("InjectedFault", "fail_next of the test kit", "");
-                reporter.report([(id, Outcome::Failed(failure))]);
-                continue;
-            }
-            if let Some(timeout) = self.rules.timeout {
-                held.deadlines.push_back((now + timeout, id));
-            }
-            jobs.push(Job::new(id, event, &delivery));
-        }
-        if !jobs.is_empty() {
-            self.handler.start(jobs, reporter);
-        }
-    }
-
     /// Turns what the handler said into a verdict. Late reports of jobs that were timed out or lost are ignored.
     fn judge(&self, held: &mut Held, id: u64, outcome: Outcome) {
-        let Some(Running { lease, attempt, event, started }) = held.running.remove(&id) else { return };
-        let busy = self.clock.elapsed().saturating_sub(started);
-        self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
-        let done = matches!(outcome, Outcome::Done);
+        let Some(Running { lease, attempt, event, started, call }) = held.running.remove(&id) else { return };
+        let now = self.clock.elapsed();
+        let ended = match &outcome {
+            Outcome::Done | Outcome::Replied(_) => Ended::Succeeded,
+            Outcome::Failed(_) | Outcome::RetryAfter(..) => Ended::Failed,
+            Outcome::Rejected(_) | Outcome::Abandoned => Ended::Neither,
+        };
+        let busy = now.saturating_sub(started);
+        if self.end(held, call, ended, now) {
+            self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
+        }
+        let done = matches!(outcome, Outcome::Done | Outcome::Replied(_));
         let settlement = match outcome {
             Outcome::Done | Outcome::Replied(_) => {
                 Counters::count(&self.counters.completed);
@@ -323,10 +314,13 @@ impl Dispatcher {
         }
     }
 
-    /// Hands back what no handler has seen.
-    fn hand_back(&self, held: &mut Held) {
+    /// Hands back what no handler has seen, but the first `keep`.
+    fn hand_back(&self, held: &mut Held, keep: usize) {
+        if let Some(batches) = &mut held.batches {
+            batches.keep(keep);
+        }
         let back =
-            held.buffered.drain(..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
+            held.buffered.drain(keep..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
         held.unsettled.extend(back);
     }
 
@@ -350,8 +344,19 @@ impl Dispatcher {
         let ids: Vec<u64> =
             held.running.iter().filter(|(_, running)| lost.contains(&running.lease)).map(|(id, _)| *id).collect();
         self.count_lost(ids.len());
-        ids.iter().for_each(|id| drop(held.running.remove(id)));
-        self.handler.cancel(&ids, CancelReason::LeaseLost);
+        let now = self.clock.elapsed();
+        let ended = ids.iter().filter_map(|id| held.running.remove(id).map(|running| (*id, running.call)));
+        let ended: Vec<_> = ended.collect();
+        for (_, call) in &ended {
+            self.end(held, *call, Ended::Neither, now);
+        }
+        // A batch goes on for those of its events that are still ours.
+        let goes_on = |batch| held.batches.as_ref().is_some_and(|batches| batches.runs(batch));
+        let ids: Vec<_> =
+            ended.iter().filter(|(_, call)| !call.batch.is_some_and(goes_on)).map(|(id, _)| *id).collect();
+        if !ids.is_empty() {
+            self.handler.cancel(&ids, CancelReason::LeaseLost);
+        }
     }
 
     fn count_lost(&self, lost: usize) {

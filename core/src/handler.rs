@@ -65,7 +65,13 @@ pub trait Handler: Send + Sync + 'static {
     /// Starts the jobs. Each must be reported once through `reporter`, also after [`Handler::cancel`].
     fn start(&self, jobs: Vec<Job>, reporter: &Reporter);
 
-    /// Asks running jobs to stop. Their later reports are ignored.
+    /// Starts one call for all of these; each is reported as if it were alone. Called instead of [`Handler::start`] for a
+    /// subscription with [`batch`](crate::options::SubscribeOptions::batch).
+    fn start_batch(&self, batch: Vec<Job>, reporter: &Reporter) {
+        self.start(batch, reporter);
+    }
+
+    /// Asks running jobs to stop. Their later reports are ignored. One job of a batch stands for all of it.
     fn cancel(&self, jobs: &[u64], reason: CancelReason);
 }
 
@@ -138,6 +144,62 @@ where
     fn cancel(&self, jobs: &[u64], _: CancelReason) {
         let mut known = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.iter().filter_map(|job| known.remove(job)).for_each(|task| task.abort());
+    }
+}
+
+/// As [`from_fn`] for batches: `run` is given all jobs of one and says what came of each.
+pub fn from_batch_fn<F, R>(run: F) -> Arc<dyn Handler>
+where
+    F: Fn(Vec<Job>) -> R + Send + Sync + 'static,
+    R: Future<Output = Vec<(u64, Outcome)>> + Send + 'static,
+{
+    Arc::new(BatchFnHandler { run: Arc::new(run), running: Arc::default() })
+}
+
+/// Batches that run: their jobs, and what stops them.
+type Running = Arc<Mutex<Vec<(Vec<u64>, tokio::task::AbortHandle)>>>;
+
+struct BatchFnHandler<F> {
+    run: Arc<F>,
+    running: Running,
+}
+
+impl<F, R> Handler for BatchFnHandler<F>
+where
+    F: Fn(Vec<Job>) -> R + Send + Sync + 'static,
+    R: Future<Output = Vec<(u64, Outcome)>> + Send + 'static,
+{
+    fn start(&self, jobs: Vec<Job>, reporter: &Reporter) {
+        jobs.into_iter().for_each(|job| self.start_batch(vec![job], reporter));
+    }
+
+    fn start_batch(&self, batch: Vec<Job>, reporter: &Reporter) {
+        let (run, reporter, running) = (self.run.clone(), reporter.clone(), self.running.clone());
+        let jobs: Vec<u64> = batch.iter().map(|job| job.id).collect();
+        let ours = jobs.clone();
+        let mut known = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let task = tokio::spawn(async move {
+            let outcomes = tokio::spawn(async move { run(batch).await });
+            let _stop = AbortOnDrop(outcomes.abort_handle());
+            let outcomes = outcomes.await.unwrap_or_else(|cause| {
+                let failure = Failure::new("Panic", cause.to_string(), "");
+                ours.iter().map(|job| (*job, Outcome::Failed(failure.clone()))).collect()
+            });
+            running.lock().unwrap_or_else(PoisonError::into_inner).retain(|(jobs, _)| *jobs != ours);
+            reporter.report(outcomes);
+        });
+        known.push((jobs, task.abort_handle()));
+    }
+
+    fn cancel(&self, jobs: &[u64], _: CancelReason) {
+        let mut known = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|(batch, task)| {
+            let stop = batch.iter().any(|job| jobs.contains(job));
+            if stop {
+                task.abort();
+            }
+            !stop
+        });
     }
 }
 

@@ -46,6 +46,8 @@ pub struct HostJob {
     pub subscription: u32,
     /// What to run.
     pub job: Job,
+    /// For a handler of batches: the other jobs of the same batch, to be run with it in one call.
+    pub batch: Option<Vec<Job>>,
 }
 
 /// A running job that is asked to stop; its outcome no longer counts.
@@ -178,13 +180,25 @@ impl Handler for HostHandler {
     fn start(&self, jobs: Vec<Job>, reporter: &Reporter) {
         self.reporter.get_or_init(|| reporter.clone());
         let subscription = self.subscription;
-        lock(&self.ready.jobs).extend(jobs.into_iter().map(|job| HostJob { subscription, job }));
+        lock(&self.ready.jobs).extend(jobs.into_iter().map(|job| HostJob { subscription, job, batch: None }));
+        self.ready.ring();
+    }
+
+    fn start_batch(&self, mut batch: Vec<Job>, reporter: &Reporter) {
+        self.reporter.get_or_init(|| reporter.clone());
+        let others = batch.split_off(1.min(batch.len()));
+        let Some(job) = batch.pop() else { return };
+        lock(&self.ready.jobs).push_back(HostJob { subscription: self.subscription, job, batch: Some(others) });
         self.ready.ring();
     }
 
     fn cancel(&self, jobs: &[u64], reason: CancelReason) {
         let subscription = self.subscription;
-        let ours = |queued: &HostJob| queued.subscription == subscription && jobs.contains(&queued.job.id);
+        let stopped = |job: &Job| jobs.contains(&job.id);
+        let ours = |queued: &HostJob| {
+            let others = queued.batch.as_deref().unwrap_or_default();
+            queued.subscription == subscription && (stopped(&queued.job) || others.iter().any(stopped))
+        };
         lock(&self.ready.jobs).retain(|queued| !ours(queued));
         lock(&self.ready.cancelled).extend(jobs.iter().map(|job| Cancelled { subscription, job: *job, reason }));
         self.ready.ring();

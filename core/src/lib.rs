@@ -4,8 +4,10 @@
 //!
 //! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → request → bus → host`
 //!
-//! `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
+//! `batch`, `breaker`, `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
+mod batch;
+pub mod breaker;
 pub mod bus;
 pub mod clock;
 pub mod codec;
@@ -29,6 +31,8 @@ pub mod subscription;
 mod testkit;
 pub mod transport;
 
+pub use batch::BatchOptions;
+pub use breaker::BreakerOptions;
 pub use bus::Bus;
 pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventType, Meta};

@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value};
 
+use crate::batch::BatchOptions;
+use crate::breaker::BreakerOptions;
 use crate::clock::Clock;
 use crate::codec;
 use crate::dead_letter::DeadLetterFilter;
@@ -14,7 +16,7 @@ use crate::error::{Error, Result, nearest};
 use crate::event::Text;
 use crate::pattern::Pattern;
 use crate::retry::{Jitter, RetryPolicy};
-use crate::transport::{Confirm, Durability, Settings, Start};
+use crate::transport::{Confirm, Durability, Settings, Start, WhenFull};
 
 /// Whose names a message uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,6 +76,10 @@ pub struct BusOptions {
     pub worker_count: usize,
     /// Most deliveries that one subscription holds in this process, running and buffered. Default 1000.
     pub buffer_size: usize,
+    /// What a publish does when too many wait. Default [`WhenFull::Wait`].
+    pub when_full: WhenFull,
+    /// Bytes of publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory.
+    pub publish_buffer_bytes: Option<usize>,
     /// A publish that fails in the transport is logged and counted, not raised. Default false.
     pub fail_open: bool,
     /// Largest payload in bytes, on publish and on consume. Default 1 MiB.
@@ -115,6 +121,8 @@ impl BusOptions {
             mode: Mode::Async,
             worker_count: 10,
             buffer_size: 1000,
+            when_full: WhenFull::Wait,
+            publish_buffer_bytes: None,
             fail_open: false,
             max_payload_bytes: codec::DEFAULT_MAX_PAYLOAD,
             retry: RetryPolicy::default(),
@@ -145,6 +153,8 @@ impl BusOptions {
             mode: from.word("mode", &MODES)?.unwrap_or_default(),
             worker_count: from.integer("worker_count", 1..=100_000)?.map_or(base.worker_count, |n| n as usize),
             buffer_size: from.integer("buffer_size", 1..=1_000_000)?.map_or(base.buffer_size, |n| n as usize),
+            when_full: from.word("when_full", &WHEN_FULL)?.unwrap_or_default(),
+            publish_buffer_bytes: from.integer("publish_buffer_bytes", 1024..=4 << 30)?.map(|n| n as usize),
             fail_open: from.boolean("fail_open")?.unwrap_or(false),
             max_payload_bytes: from
                 .integer("max_payload_bytes", 1..=512 << 20)?
@@ -180,6 +190,8 @@ impl BusOptions {
             confirm: self.confirm,
             partitions: self.partitions,
             max_payload_bytes: self.max_payload_bytes,
+            publish_buffer_bytes: self.publish_buffer_bytes,
+            when_full: self.when_full,
             clock,
             allow_network_fs: self.allow_network_fs,
         }
@@ -189,6 +201,7 @@ impl BusOptions {
 const MODES: [(&str, Mode); 2] = [("async", Mode::Async), ("sync", Mode::Sync)];
 
 const ON_DUPLICATE: [(&str, OnDuplicate); 2] = [("error", OnDuplicate::Error), ("replace", OnDuplicate::Replace)];
+const WHEN_FULL: [(&str, WhenFull); 2] = [("wait", WhenFull::Wait), ("error", WhenFull::Error)];
 
 const CONFIRMS: [(&str, Confirm); 3] =
     [("memory", Confirm::Memory), ("disk", Confirm::Disk), ("replica", Confirm::Replica)];
@@ -208,7 +221,7 @@ pub struct SubscribeOptions {
     pub name: String,
     /// Durable group. Default `<service>/<name>`.
     pub group: Option<String>,
-    /// Handlers that run at once. Default the bus's `worker_count`.
+    /// Handlers that run at once. Default the bus's `worker_count`, and 1 for a handler of batches.
     pub concurrency: Option<usize>,
     /// Deliveries leased ahead of a free handler. Default 0: nothing waits here that another process could do.
     pub prefetch: usize,
@@ -228,6 +241,10 @@ pub struct SubscribeOptions {
     /// What the handler returns answers requests: see [`Bus::respond`](crate::Bus::respond). Changes the defaults: no
     /// retries, because somebody waits, and no dead letters. Default false.
     pub respond: bool,
+    /// Stop taking while handlers keep failing. Default none.
+    pub breaker: Option<BreakerOptions>,
+    /// The handler takes many events at once. Default none.
+    pub batch: Option<BatchOptions>,
 }
 
 impl SubscribeOptions {
@@ -246,9 +263,29 @@ impl SubscribeOptions {
         self.group.clone().unwrap_or_else(|| format!("{service}/{}", self.name))
     }
 
+    /// How many handlers run at once on a bus.
+    pub fn concurrency_on(&self, bus: &BusOptions) -> usize {
+        let (default, most) = match &self.batch {
+            None => (bus.worker_count, bus.buffer_size),
+            Some(batch) => (1, bus.buffer_size / batch.size.max(1)),
+        };
+        self.concurrency.unwrap_or(default).min(most.max(1))
+    }
+
+    /// Refuses what cannot go together. `InvalidConfig`.
+    fn checked(self) -> Result<Self> {
+        if self.broadcast && self.breaker.is_some() {
+            return Err(Error::invalid_config(
+                "breaker and broadcast exclude each other: what a broadcast does not handle cannot be handed back; leave one out",
+            ));
+        }
+        Ok(self)
+    }
+
     /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
     pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
         let mut from = Reader::new("subscription", json, naming)?;
+        from.exclude("batch", &["ordered", "idempotent", "respond"])?;
         let Some(name) = from.string("name")? else {
             return Err(Error::invalid_config("the subscription has no name; pass one, like name=\"audit\""));
         };
@@ -265,9 +302,11 @@ impl SubscribeOptions {
             broadcast: from.boolean("broadcast")?.unwrap_or(false),
             ordered: from.boolean("ordered")?.unwrap_or(false),
             drop_dead: !from.boolean("dead_letter")?.unwrap_or(!respond),
+            breaker: from.members("breaker", Reader::breaker)?,
+            batch: from.members("batch", Reader::batch)?,
         };
         from.finish()?;
-        Ok(options)
+        options.checked()
     }
 }
 
@@ -385,6 +424,8 @@ fn check_label(what: &str, label: &str) -> Result<String> {
 /// Takes options out of a JSON object, one by one, and complains about what is left.
 struct Reader {
     what: &'static str,
+    /// The option whose members these are, and a dot.
+    within: String,
     naming: Naming,
     values: Map<String, Value>,
     known: Vec<&'static str>,
@@ -394,7 +435,7 @@ impl Reader {
     fn new(what: &'static str, json: &str, naming: Naming) -> Result<Self> {
         let values = serde_json::from_str(json)
             .map_err(|cause| Error::invalid_config(format!("{what} options must be an object: {cause}")))?;
-        Ok(Self { what, naming, values, known: Vec::new() })
+        Ok(Self { what, within: String::new(), naming, values, known: Vec::new() })
     }
 
     /// The value of `name`; null counts as absent.
@@ -404,7 +445,7 @@ impl Reader {
     }
 
     fn wrong(&self, name: &str, value: &Value, wanted: &str) -> Error {
-        Error::invalid_config(format!("{}={value} is not valid; {wanted}", self.naming.word(name)))
+        Error::invalid_config(format!("{}{}={value} is not valid; {wanted}", self.within, self.naming.word(name)))
     }
 
     fn string(&mut self, name: &'static str) -> Result<Option<String>> {
@@ -494,6 +535,47 @@ impl Reader {
         match value {
             Value::Object(_) => RetryPolicy::from_json(&value.to_string(), self.naming).map(Some),
             other => Err(self.wrong(name, &other, "give a retry policy")),
+        }
+    }
+
+    /// An option that is an object, or `true` for one with the defaults; `false` counts as absent.
+    fn members<T>(&mut self, name: &'static str, read: impl Fn(&mut Self) -> Result<T>) -> Result<Option<T>> {
+        let values = match self.take(name) {
+            None | Some(Value::Bool(false)) => return Ok(None),
+            Some(Value::Bool(true)) => Map::new(),
+            Some(Value::Object(values)) => values,
+            Some(other) => return Err(self.wrong(name, &other, "give an object, or true for the defaults")),
+        };
+        let mut from = Self { what: name, within: format!("{name}."), naming: self.naming, values, known: Vec::new() };
+        let members = read(&mut from)?;
+        from.finish()?;
+        Ok(Some(members))
+    }
+
+    fn breaker(&mut self) -> Result<BreakerOptions> {
+        let (base, least) = (BreakerOptions::default(), Duration::from_millis(1));
+        Ok(BreakerOptions {
+            threshold: self.integer("threshold", 1..=100_000)?.map_or(base.threshold, |n| n as u32),
+            window: self.duration("window_ms", least)?.unwrap_or(base.window),
+            recovery: self.duration("recovery_ms", least)?.unwrap_or(base.recovery),
+            probes: self.integer("probes", 1..=100_000)?.map_or(base.probes, |n| n as u32),
+        })
+    }
+
+    fn batch(&mut self) -> Result<BatchOptions> {
+        let base = BatchOptions::default();
+        Ok(BatchOptions {
+            size: self.integer("size", 1..=100_000)?.map_or(base.size, |n| n as usize),
+            wait: self.duration("wait_ms", Duration::ZERO)?.unwrap_or(base.wait),
+        })
+    }
+
+    /// `name` excludes each of `others`.
+    fn exclude(&self, name: &str, others: &[&str]) -> Result<()> {
+        let is_on = |name: &str| self.values.get(name).is_some_and(|value| !value.is_null() && *value != false);
+        match others.iter().find(|other| is_on(name) && is_on(other)) {
+            None => Ok(()),
+            Some(other) => Err(Error::invalid_config(format!("{name} and {other} exclude each other; leave one out"))),
         }
     }
 

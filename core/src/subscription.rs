@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::breaker::Phase;
 use crate::event::Text;
 use crate::metrics::{Attempts, Ledger};
 use crate::pattern::Pattern;
@@ -40,6 +41,9 @@ pub struct Counters {
     pub busy_micros: AtomicU64,
     /// Attempts by event type and source.
     pub(crate) attempts: Ledger<Attempts>,
+    /// Where the breaker stands, as a [`Phase`] number.
+    pub breaker_state: AtomicU64,
+    pub breaker_openings: AtomicU64,
 }
 
 impl Counters {
@@ -64,6 +68,7 @@ pub(crate) struct Facts {
     pub pattern: Pattern,
     pub counters: Arc<Counters>,
     pub broadcast: bool,
+    pub breaker: bool,
 }
 
 impl Subscription {
@@ -125,6 +130,11 @@ impl Subscription {
     /// Whether it is a broadcast, which has no group on the store.
     pub fn is_broadcast(&self) -> bool {
         self.facts.broadcast
+    }
+
+    /// Where its breaker stands; `None` if it has none.
+    pub fn breaker(&self) -> Option<Phase> {
+        self.facts.breaker.then(|| Phase::of(self.facts.counters.breaker_state.load(Ordering::Relaxed)))
     }
 
     /// Whether it has ended.

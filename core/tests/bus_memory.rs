@@ -143,3 +143,79 @@ async fn a_paused_subscription_starts_nothing_and_goes_on_when_resumed() {
     assert_eq!(runs.load(Ordering::SeqCst), 2);
     assert_eq!(subscription.counters().completed.load(Ordering::SeqCst), 2);
 }
+
+#[tokio::test]
+async fn an_open_breaker_waits_for_the_clock() {
+    use polybus_core::BreakerOptions;
+    use polybus_core::breaker::Phase;
+    let bus = test_bus();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |_| {
+        let run = counted.fetch_add(1, Ordering::SeqCst);
+        async move { if run < 2 { fail() } else { Outcome::Done } }
+    });
+    let breaker = Some(BreakerOptions { threshold: 2, recovery: Duration::from_secs(300), ..Default::default() });
+    let options = SubscribeOptions { breaker, concurrency: Some(1), ..SubscribeOptions::new("s") };
+    let subscription = bus.subscribe("n", handler, options).await.unwrap();
+    for _ in 0..5 {
+        bus.publish(now(event("n"))).await.unwrap();
+    }
+    bus.idle().await.unwrap(); // not for ever, although three are ready
+    assert_eq!((runs.load(Ordering::SeqCst), subscription.breaker()), (2, Some(Phase::Open)));
+    bus.advance(Duration::from_secs(299)).unwrap();
+    bus.idle().await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 2);
+    bus.advance(Duration::from_secs(1)).unwrap();
+    bus.idle().await.unwrap();
+    assert_eq!((runs.load(Ordering::SeqCst), subscription.breaker()), (7, Some(Phase::Closed)));
+    let text = polybus_core::metrics::render(&bus);
+    assert!(
+        text.contains(
+            "polybus_breaker_openings_total{service=\"test\",bus=\"default\",subscription=\"s\",group=\"test/s\"} 1\n"
+        ),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn a_batch_that_is_not_full_waits_for_the_clock() {
+    use polybus_core::BatchOptions;
+    use polybus_core::handler::{Job, from_batch_fn};
+    let bus = test_bus();
+    let (sizes, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    let handler = from_batch_fn(move |jobs: Vec<Job>| {
+        sizes.send(jobs.len()).unwrap();
+        async move { jobs.iter().map(|job| (job.id, Outcome::Done)).collect() }
+    });
+    let batch = Some(BatchOptions { size: 3, wait: Duration::from_secs(5) });
+    bus.subscribe("n", handler, SubscribeOptions { batch, ..SubscribeOptions::new("s") }).await.unwrap();
+    for _ in 0..4 {
+        bus.publish(now(event("n"))).await.unwrap();
+    }
+    bus.idle().await.unwrap();
+    assert_eq!(seen.try_recv().ok(), Some(3));
+    assert_eq!(seen.try_recv().ok(), None);
+    bus.advance(Duration::from_secs(5)).unwrap();
+    bus.idle().await.unwrap();
+    assert_eq!(seen.try_recv().ok(), Some(1));
+}
+
+#[tokio::test]
+async fn a_full_store_is_waited_for_until_the_timeout() {
+    let options = BusOptions {
+        publish_buffer_bytes: Some(1024),
+        publish_timeout: Duration::from_millis(20),
+        ..BusOptions::new("test")
+    };
+    let bus = Bus::new("memory://", options).unwrap();
+    let handler = from_fn(|_| async { Outcome::Done });
+    let subscription = bus.subscribe("n", handler, SubscribeOptions::new("s")).await.unwrap();
+    subscription.pause();
+    let big = || new_event("n", format!("\"{}\"", "x".repeat(2000)).into(), None, 1 << 20).unwrap();
+    bus.publish(now(big())).await.unwrap();
+    let error = bus.publish(now(big())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BufferFull);
+    subscription.resume();
+    while bus.publish(now(big())).await.is_err() {}
+}

@@ -5,6 +5,7 @@ from polybus._views import Guarantees, SubscriptionStats
 from polybus.bus import Bus
 from polybus.errors import (
     AuthFailed,
+    BatchFailed,
     BufferFull,
     BusClosed,
     ConnectionFailed,
@@ -35,6 +36,7 @@ from polybus.subscription import Subscription
 __all__ = [
     "Aggregate",
     "AuthFailed",
+    "BatchFailed",
     "BufferFull",
     "Bus",
     "BusClosed",

@@ -118,7 +118,7 @@ class LoopHandler:
         self,
         bus: _native.NativeBus,
         name: str,
-        handler: Callable[[Event[Any]], Awaitable[object]],
+        handler: Callable[..., Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
         around: _middleware.Around,
         answers: bool = False,
@@ -126,8 +126,8 @@ class LoopHandler:
         self._bus = bus
         self._name = name
         self._loop = loop
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._cancelled: set[int] = set()
+        self._tasks: dict[Any, asyncio.Task[None]] = {}
+        self._cancelled: set[Any] = set()
         self._done: list[int] = []
         self._answers = answers
         self.rewire(handler, around)
@@ -147,7 +147,7 @@ class LoopHandler:
         running = asyncio._get_running_loop()
         return running is None or running is self._loop
 
-    def start(self, batch: list[tuple[int, Event[Any]]]) -> None:
+    def start(self, batch: list[tuple[Any, Any]]) -> None:
         """Run the handler in a task of its own for each event."""
         started = 0
         task_of = self._task_maker()
@@ -157,8 +157,12 @@ class LoopHandler:
                 if not task.done():
                     self._tasks[job] = task
         except BaseException:
-            self.reporter.abandoned([job for job, _ in batch[started:]])
+            self.hand_back(batch[started:])
             raise
+
+    def hand_back(self, batch: list[tuple[Any, Any]]) -> None:
+        """These were not started."""
+        self.reporter.abandoned([job for job, _ in batch])
 
     def _task_maker(self) -> Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]:
         loop, name, context = self._loop, self._name, self._context
@@ -172,7 +176,7 @@ class LoopHandler:
         else:  # a handler that does not wait ends here, without a turn of the loop
             return lambda coroutine: task(coroutine, loop=loop, name=name, context=context.copy(), eager_start=True)
 
-    def _runner(self, handler: Callable[[Event[Any]], Awaitable[object]]) -> Callable[..., Coroutine[Any, Any, None]]:
+    def _runner(self, handler: Callable[..., Awaitable[object]]) -> Callable[..., Coroutine[Any, Any, None]]:
         """The coroutine of one event. A closure, because it is the innermost loop."""
         done, forget, failed = self._done, self._tasks.pop, self._failed
         call_soon, flush = self._loop.call_soon, self._flush
@@ -229,7 +233,7 @@ class LoopHandler:
         else:
             report(self.reporter, job, error)
 
-    def cancel(self, job: int) -> None:
+    def cancel(self, job: Any) -> None:
         """Stop the task of a job: its time is up, or the event is somebody else's now."""
         task = self._tasks.get(job)
         if task is not None and not task.done():
@@ -263,7 +267,7 @@ class ThreadPool:
         self._handlers: dict[int, ThreadHandler] = {}
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._running: dict[tuple[int, int], threading.Thread] = {}
+        self._running: dict[tuple[int, Any], threading.Thread] = {}
         self._limit = 0
 
     def add(self, number: int, handler: ThreadHandler, concurrency: int) -> None:
@@ -318,6 +322,11 @@ class ThreadPool:
 
     def _give_up(self, key: tuple[int, int]) -> None:
         thread = self._running.pop(key, None)
+        if thread is None:  # one job of a batch stands for all
+            number, job = key
+            running = list(self._running)
+            batch = (other for other in running if other[0] == number and isinstance(other[1], tuple))
+            thread = self._running.pop(next((other for other in batch if job in other[1]), key), None)
         if thread is not None:
             self._threads.discard(thread)
             self._grow()
@@ -359,7 +368,7 @@ class ThreadHandler:
         """Threads serve everybody."""
         return True
 
-    def run(self, job: int, event: Event[Any]) -> None:
+    def run(self, job: Any, event: Any) -> None:
         """Call the function and say what came of it."""
         try:
             result = contextvars.copy_context().run(self._call, event)
@@ -368,14 +377,20 @@ class ThreadHandler:
             if self._answers:
                 self.reporter.replied(job, result)
         except BaseException as error:
-            report(self.reporter, job, error)
+            self._failed(job, event, error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._end_program(error)
         else:
             if not self._answers:
-                self.reporter.done([job])
+                self._done(job)
 
-    def _call(self, event: Event[Any]) -> object:
+    def _done(self, job: Any) -> None:
+        self.reporter.done([job])
+
+    def _failed(self, job: Any, event: Any, error: BaseException) -> None:
+        report(self.reporter, job, error)
+
+    def _call(self, event: Any) -> object:
         current.set(self._bus)
         handler, around = self._handler, self._around
         if not around:

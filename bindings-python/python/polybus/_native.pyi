@@ -268,7 +268,8 @@ class Operation:
 
     def wait(self) -> Any: ...
 
-_Given: TypeAlias = tuple[list[tuple[int, list[tuple[int, Event[Any]]]]], list[tuple[int, int]]]
+# (subscription, [(job, event), ...]); for handlers of batches (subscription, [((job, ...), [event, ...]), ...]).
+_Given: TypeAlias = tuple[list[tuple[int, list[tuple[Any, Any]]]], list[tuple[int, int]]]
 
 @final
 class Bridge:

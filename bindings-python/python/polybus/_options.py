@@ -31,6 +31,10 @@ class BusOptions(TypedDict, total=False):
     """Handlers of one subscription that run at once, unless it says otherwise. Default 10."""
     buffer_size: int
     """Most deliveries that one subscription holds in this process. Default 1000."""
+    when_full: Literal["wait", "error"]
+    """When many publishes wait: ``wait`` for room up to ``publish_timeout`` (default), or ``error``: `BufferFull`."""
+    publish_buffer_bytes: int
+    """Publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory."""
     fail_open: bool
     """A publish that fails in the transport is logged and counted, not raised. Default false."""
     max_payload_bytes: int
@@ -61,6 +65,28 @@ class BusOptions(TypedDict, total=False):
     """Where to log; also an object like structlog's. Default ``logging.getLogger("polybus")``."""
 
 
+class BreakerOptions(TypedDict, total=False):
+    """When a subscription stops taking events, and how it starts again."""
+
+    threshold: int
+    """So many failed calls of the handler … Default 5."""
+    window: Seconds
+    """… within this time open the breaker: nothing is taken any more. Default 60."""
+    recovery: Seconds
+    """How long. Default 30."""
+    probes: int
+    """How many calls are tried then, at once; when all succeed it closes, when one fails it opens again. Default 1."""
+
+
+class BatchOptions(TypedDict, total=False):
+    """How events are gathered for a handler that takes a list."""
+
+    size: int
+    """Most events of one batch. Default 100."""
+    wait: Seconds
+    """How long the first one waits for the others. Default 0.05."""
+
+
 class SubscribeOptions(TypedDict, total=False):
     """Options of a subscription."""
 
@@ -69,7 +95,7 @@ class SubscribeOptions(TypedDict, total=False):
     group: str
     """The durable group. Default ``<service>/<name>``."""
     concurrency: int
-    """Handlers that run at once. Default: the bus's ``worker_count``."""
+    """Handlers that run at once. Default: the bus's ``worker_count``; 1 for a handler of batches."""
     prefetch: int
     """Deliveries taken ahead of a free handler. Default 0."""
     retry: RetryPolicy
@@ -85,6 +111,10 @@ class SubscribeOptions(TypedDict, total=False):
     other keys go on. All processes of a group must agree: ``InvalidConfig``. Default false."""
     dead_letter: bool
     """Keep what cannot be handled. Default true; otherwise it is logged and dropped."""
+    breaker: BreakerOptions | bool
+    """Stop taking while the handler keeps failing. ``True`` for the defaults; default: none."""
+    batch: BatchOptions | bool
+    """The handler takes a list of events; ``BatchFailed`` fails some of them. ``True`` for the defaults."""
 
 
 class MetaOptions(TypedDict, total=False):

@@ -79,7 +79,7 @@ class LoopBridge:
             except BaseException:  # a handler ended the program at once: the others' events go back
                 for number, batch in jobs[started:]:
                     if handler := self.handlers.get(number):
-                        handler.reporter.abandoned([job for job, _ in batch])
+                        handler.hand_back(batch)
                 raise
         drain_logs()
 

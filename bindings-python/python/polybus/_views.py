@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,5 +65,7 @@ class SubscriptionStats:
     leases_lost: int
     running: int
     buffered: int
+    breaker: Literal["closed", "open", "half_open"] | None
+    """Where the breaker stands; ``None`` without one."""
     busy_seconds: float
     """Sum of the handlers' times."""

@@ -264,7 +264,10 @@ class Blocking:
         return Receipt(event.meta.id)
 
     def subscribe(
-        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
+        self,
+        pattern: str,
+        handler: Callable[[Event[Any]], object] | Callable[[list[Event[Any]]], object],
+        **options: Unpack[SubscribeOptions],
     ) -> BlockingSubscription:
         """As `Bus.subscribe`, for plain functions."""
         return BlockingSubscription(self._subscribe(pattern, handler, dict(options)))
@@ -289,6 +292,9 @@ class Blocking:
 
     def events(self, pattern: str, **options: Unpack[SubscribeOptions]) -> Generator[Event[Any], None, None]:
         """As `Bus.events`, in the calling thread."""
+        from polybus.bus import one_by_one
+
+        one_by_one(options)
         given: dict[str, Any] = {"name": f"events:{pattern}", "concurrency": 1, **options}
         self._native.check_subscription(pattern, given)
         bridge = _native.Bridge(True)

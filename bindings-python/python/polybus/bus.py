@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from polybus import _development, _handlers, _log, _native, _runtime
+from polybus._batches import BatchLoopHandler, BatchThreadHandler, takes_batches
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
 from polybus._use import Uses
@@ -391,12 +392,16 @@ class Bus(Uses, Requests):
             _log.write(self.logger, logging.ERROR, f"{options['name']} is not subscribed to {pattern}", error)
 
     async def subscribe(
-        self, pattern: str, handler: Callable[[Event[Any]], object], **options: Unpack[SubscribeOptions]
+        self,
+        pattern: str,
+        handler: Callable[[Event[Any]], object] | Callable[[list[Event[Any]]], object],
+        **options: Unpack[SubscribeOptions],
     ) -> Subscription:
         """Hand every matching event to `handler`. Once this returns, every later publish is seen, whoever makes it.
 
         Return = done. Raise = retry by policy, then dead letter. Raise `Retry(after=…)` = again then. Raise
-        `Reject("why")` = dead letter now. A plain function runs on a thread. Errors: `InvalidPattern`, `InvalidConfig`,
+        `Reject("why")` = dead letter now. A plain function runs on a thread. With `batch` the handler takes a list, and
+        `BatchFailed` names those that failed. Errors: `InvalidPattern`, `InvalidConfig`,
         `DuplicateSubscription`, `BusClosed`, `ConnectionFailed`; `TypeError` for an unknown keyword.
         """
         if self._lazy:
@@ -442,7 +447,8 @@ class Bus(Uses, Requests):
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(
+        kind = BatchLoopHandler if takes_batches(options) else LoopHandler
+        runner = bridge.handlers[number] = kind(
             self._native, options["name"], handler, loop, self._handling, bool(options.get("respond"))
         )
         handlers = weakref.ref(bridge)
@@ -468,7 +474,8 @@ class Bus(Uses, Requests):
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop, self._handling, bool(options.get("respond")))
+        kind = BatchThreadHandler if takes_batches(options) else ThreadHandler
+        runner = kind(self._native, handler, loop, self._handling, bool(options.get("respond")))
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(
@@ -510,6 +517,7 @@ class Bus(Uses, Requests):
         """
         options.setdefault("name", f"events:{pattern}")
         options.setdefault("concurrency", 1)
+        one_by_one(options)
         waiting: asyncio.Queue[tuple[Event[Any], asyncio.Future[None]] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -571,6 +579,12 @@ class Bus(Uses, Requests):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} service={self.service!r}>"
+
+
+def one_by_one(options: Mapping[str, Any]) -> None:
+    """Refuse a batch where events are read one by one."""
+    if takes_batches(options):
+        raise InvalidConfig("events() gives one event at a time; leave out batch=, or subscribe a handler")
 
 
 def _failed(name: str, error: Exception) -> HandlerError:

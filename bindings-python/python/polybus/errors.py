@@ -6,11 +6,13 @@ without a change on your side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import ClassVar, NamedTuple
 
 __all__ = [
     "AuthFailed",
+    "BatchFailed",
     "BufferFull",
     "BusClosed",
     "ConnectionFailed",
@@ -205,6 +207,22 @@ class Retry(Exception):
 
 class Reject(Exception):
     """Raised by a handler: this event can never be handled. It becomes a dead letter now."""
+
+
+class BatchFailed(Exception):
+    """Raised by a handler of batches: these of its events failed, by id. All others are done.
+
+    `errors` maps `event.meta.id` to what went wrong with that event: an exception, among them `Retry(after=…)` and
+    `Reject`, or a text. An id that the batch does not have fails all events that are not named.
+    """
+
+    def __init__(self, errors: Mapping[str, BaseException | str]):
+        given: object = errors
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError("BatchFailed takes a dict of errors by event.meta.id")
+        super().__init__(f"{len(errors)} events of the batch failed")
+        self.errors: dict[str, BaseException | str] = dict(errors)
+        """By event id."""
 
 
 BY_CODE: dict[str, type[PolybusError]] = {

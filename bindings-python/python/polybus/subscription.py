@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from polybus import _native, _runtime
+from polybus._batches import single, takes_batches
 from polybus._handlers import LoopHandler, ThreadHandler, is_async
 from polybus._views import SubscriptionStats
 
@@ -37,7 +38,7 @@ class Subscription:
         options: dict[str, Any],
     ) -> None:
         self._native = native
-        self._handler = handler
+        self._handler = single(handler) if takes_batches(options) else handler
         self._timeout = timeout
         # Weak: what runs the handler lives with its loop.
         self._runner = weakref.ref(runner)
@@ -104,7 +105,7 @@ class Subscription:
 
     def rewire(self, handler: Handler, around: Around) -> None:
         """From the next event on, run this handler inside this middleware."""
-        self._handler = handler
+        self._handler = single(handler) if takes_batches(self._options) else handler
         if (runner := self._runner()) is not None:
             runner.rewire(handler, around)  # type: ignore[arg-type]
 

@@ -43,9 +43,9 @@ class MockHandler:
         """How often it was called."""
         return len(self.events)
 
-    async def __call__(self, event: Event[Any]) -> None:
-        """Remember the event."""
-        self.events.append(event)
+    async def __call__(self, event: Any) -> None:
+        """Remember the event, or each of a batch."""
+        self.events.extend(event if isinstance(event, list) else [event])
         if isinstance(self.raises, BaseException):
             raise self.raises
         if self.raises is not None:

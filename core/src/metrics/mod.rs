@@ -51,6 +51,12 @@ const OF_PROCESS: [(&str, &str, &str, Counter); 8] = [
     ("queue_size", "gauge", "Deliveries that wait for a free handler in this process.", |c| &c.buffered),
 ];
 
+/// The same of subscriptions that have a breaker.
+const OF_BREAKER: [(&str, &str, &str, Counter); 2] = [
+    ("breaker_state", "gauge", "0 closed, 1 open, 2 half-open.", |c| &c.breaker_state),
+    ("breaker_openings_total", "counter", "How often the breaker opened.", |c| &c.breaker_openings),
+];
+
 /// What the store knows of a group.
 const OF_GROUP: [(&str, &str, Number); 6] = [
     ("group_lag", "Events of the group that nobody has taken yet.", |s| s.lag as f64),
@@ -95,9 +101,10 @@ pub fn families(bus: &Bus) -> Vec<Family> {
 
     let subscriptions = bus.subscriptions();
     all.extend(attempts(&subscriptions, &base));
-    for (name, kind, help, counter) in OF_PROCESS {
+    for (name, kind, help, counter) in OF_PROCESS.into_iter().chain(OF_BREAKER) {
         let mut family = Family::new(name, kind, help);
-        for subscription in &subscriptions {
+        let guards = OF_BREAKER.iter().any(|(guard, ..)| *guard == name);
+        for subscription in subscriptions.iter().filter(|subscription| !guards || subscription.breaker().is_some()) {
             let value = counter(subscription.counters()).load(Ordering::Relaxed) as f64;
             family.add(base.iter().cloned().chain(of(subscription)), value);
         }

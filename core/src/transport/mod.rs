@@ -6,6 +6,7 @@
 
 pub mod memory;
 pub mod redis;
+mod room;
 pub mod sqlite;
 mod time;
 
@@ -21,6 +22,8 @@ use crate::delivery::{Delivery, Lease, Verdict};
 use crate::error::{Error, Result, nearest};
 use crate::event::{Event, Text};
 use crate::pattern::Pattern;
+
+pub use self::room::WhenFull;
 
 /// A boxed future that owns what it needs.
 pub type Task<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -243,6 +246,10 @@ pub trait Source: Send + Sync + 'static {
     /// Keeps everything that this source holds for another lease. Resolves to those of `held` that were lost.
     fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>>;
 
+    /// For [`Transport::idle`], which otherwise waits for what this source may take and for what it holds. `None`: it
+    /// does not rest. Only a transport with a stopped clock has to listen.
+    fn rest(&self, _rest: Option<Rest>) {}
+
     /// Hands back what is still held, without counting the attempt, and leaves the group. A pending `take` ends
     /// with `BusClosed`. Idempotent.
     fn close(&self) -> Task<()>;
@@ -257,6 +264,17 @@ pub trait Mailbox: Send + Sync + 'static {
 
 fn no_mail() -> Error {
     Error::unsupported("this transport keeps no replies; make requests over memory://, sqlite:/// or redis://")
+}
+
+/// What a source waits for by the clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rest {
+    /// Until then.
+    pub until: Duration,
+    /// Whether it takes what there is meanwhile.
+    pub takes: bool,
+    /// So many of the deliveries that it holds wait too.
+    pub holds: usize,
 }
 
 /// Settings that transports share.
@@ -278,6 +296,10 @@ pub struct Settings {
     pub partitions: Option<u32>,
     /// Largest payload accepted, in bytes, on publish and on consume.
     pub max_payload_bytes: usize,
+    /// Bytes of publishes that may wait, to be written or, in memory, to be handled; `None`: what suits the transport.
+    pub publish_buffer_bytes: Option<usize>,
+    /// What becomes of a publish beyond that.
+    pub when_full: WhenFull,
     /// Where time comes from; only the memory transport obeys a stopped clock.
     pub clock: crate::clock::Clock,
     /// Open a file on a file system that is known to break locks.

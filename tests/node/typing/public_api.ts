@@ -1,5 +1,6 @@
 // Checked by tsc, never run: what users write must type-check, and what they must not write must not.
 import {
+  BatchFailed,
   Bus,
   closeOnSignals,
   type DeadLetter,
@@ -7,6 +8,7 @@ import {
   type Handler,
   PublishUnknown,
   type Receipt,
+  type Received,
   Retry,
   type Subscription,
   version,
@@ -87,6 +89,15 @@ export async function mapped(): Promise<void> {
   bus.on('order.*', function any(event) {
     void event.payload
   })
+  bus.on('order.paid', { batch: { size: 5, waitMs: 10 }, breaker: true }, function many(events) {
+    const cents: number | undefined = events[0]?.payload.cents
+    throw new BatchFailed({ [String(cents)]: new Error('no') })
+  })
+  // @ts-expect-error: a handler of batches needs the option
+  await bus.subscribe('order.paid', (events: Received<{ cents: number }>[]) => events.length, { name: 'many' })
+  await bus.subscribe('order.paid', (events) => events.length, { name: 'many', batch: true })
+  // @ts-expect-error: misspelt
+  await bus.subscribe('order.paid', () => {}, { name: 'x', breaker: { treshold: 5 } })
   const kit = new TestBus<Events>()
   // @ts-expect-error: the payload of another event
   await kit.publish('order.placed', { cents: 1 })

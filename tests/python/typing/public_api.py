@@ -13,6 +13,7 @@ from typing_extensions import assert_type
 import polybus
 from polybus import (
     Aggregate,
+    BatchFailed,
     Bus,
     DeadLetter,
     Delivery,
@@ -22,6 +23,7 @@ from polybus import (
     PolybusError,
     Receipt,
     Remote,
+    Reject,
     RetryPolicy,
     Subscription,
     SubscriptionStats,
@@ -72,6 +74,15 @@ async def book(event: Event) -> None: ...
 async def misplaced(event: Event) -> None: ...
 
 
+@bus.on("x", batch={"size": 10, "wait": timedelta(seconds=1)}, breaker=True)
+async def many(events: list[Event[Order]]) -> None:
+    raise BatchFailed({events[0].meta.id: Reject("no")})
+
+
+@bus.on("x", breaker={"treshold": 5})  # type: ignore[arg-type]
+async def misspelt(event: Event) -> None: ...
+
+
 assert_type(plain(Event.create("x")), str)
 
 
@@ -84,6 +95,7 @@ async def main() -> None:
     await bus.publish("x", partition=3)  # type: ignore[call-overload]
     assert_type(await bus.publish_many([Event.create("x")]), list[Receipt])
     subscription = await bus.subscribe("*.*.delete", send_mail, name="audit")
+    await bus.subscribe("x", many, batch=True, breaker={"threshold": 5, "recovery": 30})
     assert_type(subscription, Subscription)
     assert_type(await subscription.stats(), SubscriptionStats)
     await subscription.unsubscribe()

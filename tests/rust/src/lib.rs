@@ -17,7 +17,9 @@ use polybus_core::clock::Clock;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{Job, Outcome, from_fn};
 use polybus_core::retry::{Jitter, RetryPolicy};
-use polybus_core::transport::{Confirm, Durability, GroupSpec, Outgoing, Receipt, Settings, Start, Transport, connect};
+use polybus_core::transport::{
+    Confirm, Durability, GroupSpec, Outgoing, Receipt, Settings, Start, Transport, WhenFull, connect,
+};
 use polybus_core::{Bus, BusOptions, Event, Pattern, Result, SubscribeOptions, Subscription};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -63,6 +65,8 @@ impl World {
     /// A bare hold on the store of [`World::bus`], without heartbeats: for what a process does that dies.
     pub async fn transport(&self) -> Arc<dyn Transport> {
         let settings = Settings {
+            publish_buffer_bytes: None,
+            when_full: WhenFull::default(),
             bus: format!("{}-default", self.name).into(),
             durability: Durability::Off,
             retention: None,
@@ -80,12 +84,7 @@ impl World {
     /// A member of the group that [`Bus::subscribe`] would join under that name, with the shortest lease.
     pub fn spec(&self, pattern: &str, name: &str, ordered: bool) -> GroupSpec {
         GroupSpec {
-            group: format!(
-                "test/{name
-            responder: false,
-        }"
-            )
-            .into(),
+            group: format!("test/{name}").into(),
             subscription: name.into(),
             service: "test".into(),
             pattern: Pattern::new(pattern).unwrap(),

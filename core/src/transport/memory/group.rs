@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use crate::delivery::{Body, Delivery, Lease};
 use crate::event::{Event, Text};
-use crate::transport::{GroupSpec, GroupStats};
+use crate::transport::{GroupSpec, GroupStats, Rest};
 
 /// An event on its way through one group.
 #[derive(Debug, Clone)]
@@ -44,6 +44,8 @@ pub(super) struct Group {
     /// Rings when something became ready, or is due earlier than before.
     pub wake: Arc<Notify>,
     pub members: usize,
+    /// Those that wait for a time, by owner.
+    pub resting: AHashMap<u64, Rest>,
     /// Published and not finished, whatever its state.
     pub load: Load,
     expired: u64,
@@ -72,6 +74,7 @@ impl Group {
             lanes: AHashMap::new(),
             wake: Arc::new(Notify::new()),
             members: 0,
+            resting: AHashMap::new(),
             load: Load::default(),
             expired: 0,
         }
@@ -197,8 +200,13 @@ impl Group {
     }
 
     /// Nothing to run now: what is left waits for a time.
-    pub fn is_idle(&self) -> bool {
-        self.ready.is_empty() && self.leased.is_empty()
+    pub fn is_idle(&self, now: Duration) -> bool {
+        let resting = self.resting.values().filter(|rest| rest.until > now);
+        let (held, away) =
+            resting.fold((0, 0), |(held, away), rest| (held + rest.holds, away + usize::from(!rest.takes)));
+        let nobody_takes = away >= self.members;
+        let nothing_to_take = self.ready.is_empty() && self.next_due().is_none_or(|due| due > now);
+        self.leased.len() <= held && (nobody_takes || nothing_to_take)
     }
 
     pub fn stats(&self, now: Duration, dead: u64) -> GroupStats {

@@ -25,18 +25,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::{
-    Capabilities, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Result, Settings, Settlement, Source,
-    Task, Transport,
+    Capabilities, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Rest, Result, Settings, Settlement,
+    Source, Task, Transport,
 };
 use bytes::Bytes;
 
-use crate::clock::Clock;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::Error;
 use crate::event::Text;
 use crate::process::PerProcess;
-use store::Store;
+use store::{Limit, Store};
 
 pub(super) fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
@@ -55,19 +54,21 @@ pub(super) fn open(name: &str, settings: &Settings) -> Result<Arc<dyn Transport>
             "memory:// loses everything with the process, and durability=\"required\" forbids that; use sqlite:///events.db",
         ));
     }
-    Ok(Arc::new(Memory::open(name, &settings.bus, settings.clock.clone())))
+    Ok(Arc::new(Memory::open(name, settings)))
 }
 
 /// A bus's hold on a store.
 pub struct Memory {
     store: Arc<Store>,
+    limit: Limit,
     sources: Mutex<Vec<Weak<MemorySource>>>,
 }
 
 type Named = HashMap<(String, Text), Weak<Store>>;
 
 impl Memory {
-    fn open(name: &str, bus: &Text, clock: Clock) -> Self {
+    fn open(name: &str, settings: &Settings) -> Self {
+        let (bus, clock) = (&settings.bus, settings.clock.clone());
         static NAMED: PerProcess<Mutex<Named>> = PerProcess::new();
         let store = if name.is_empty() {
             Arc::new(Store::new(clock))
@@ -81,7 +82,8 @@ impl Memory {
                 store
             })
         };
-        Self { store, sources: Mutex::default() }
+        let limit = Limit::new(settings.publish_buffer_bytes, settings.when_full);
+        Self { store, limit, sources: Mutex::default() }
     }
 }
 
@@ -113,8 +115,8 @@ impl Transport for Memory {
     }
 
     fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
-        let store = self.store.clone();
-        Box::pin(async move { store.publish(batch, timeout).await })
+        let (store, limit) = (self.store.clone(), self.limit);
+        Box::pin(async move { store.publish(batch, limit, timeout).await })
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
@@ -216,6 +218,10 @@ impl Source for MemorySource {
 
     fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>> {
         Box::pin(std::future::ready(Ok(self.store.lost(&self.group, held))))
+    }
+
+    fn rest(&self, rest: Option<Rest>) {
+        self.store.rest(&self.group, rest);
     }
 
     fn close(&self) -> Task<()> {

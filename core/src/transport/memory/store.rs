@@ -16,7 +16,7 @@ use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::pattern::PatternIndex;
-use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Settlement, Start, disagrees};
+use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Rest, Settlement, Start, WhenFull, disagrees};
 
 /// Events kept for groups that start in the past.
 pub(super) const HISTORY: usize = 10_000;
@@ -26,6 +26,27 @@ const HISTORY_BYTES: usize = 64 << 20;
 const CAPACITY: usize = 200_000;
 /// The same in bytes of payload.
 const CAPACITY_BYTES: usize = 512 << 20;
+
+/// When one bus's publish has to wait for room, and whether it does.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    bytes: usize,
+    when_full: WhenFull,
+}
+
+impl Limit {
+    pub fn new(bytes: Option<usize>, when_full: WhenFull) -> Self {
+        Self { bytes: bytes.unwrap_or(CAPACITY_BYTES), when_full }
+    }
+
+    fn full(self, load: Load) -> Error {
+        let (events, kib) = (load.events, load.bytes.div_ceil(1024));
+        let message = format!(
+            "{events} events ({kib} KiB) wait for their handlers; nothing was published. Add workers, or publish slower"
+        );
+        Error::new(ErrorKind::BufferFull, message)
+    }
+}
 
 /// One name, one bus.
 pub(super) struct Store {
@@ -92,24 +113,20 @@ impl Store {
         matched.iter().filter_map(|id| state.groups.get(id)).any(|group| group.spec.responder && group.members > 0)
     }
 
-    pub async fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Result<Vec<Receipt>> {
+    pub async fn publish(&self, batch: Vec<Outgoing>, limit: Limit, timeout: Duration) -> Result<Vec<Receipt>> {
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
             let room = self.ended.notified();
-            {
+            let load = {
                 let mut state = self.state();
-                if state.has_room(batch.len()) {
+                if state.has_room(batch.len(), limit.bytes) {
                     let now = self.clock.elapsed();
                     return Ok(batch.into_iter().map(|outgoing| state.accept(outgoing, now)).collect());
                 }
-            }
-            if tokio::time::timeout_at(deadline, room).await.is_err() {
-                return Err(Error::new(
-                    ErrorKind::BufferFull,
-                    format!(
-                        "{CAPACITY} events wait for their handlers; nothing was published. Add workers, or publish slower"
-                    ),
-                ));
+                state.load
+            };
+            if limit.when_full == WhenFull::Error || tokio::time::timeout_at(deadline, room).await.is_err() {
+                return Err(limit.full(load));
             }
         }
     }
@@ -188,6 +205,17 @@ impl Store {
         lost
     }
 
+    pub fn rest(&self, member: &Member, rest: Option<Rest>) {
+        let mut state = self.state();
+        let Some(group) = state.groups.get_mut(&member.group) else { return };
+        match rest {
+            Some(rest) => drop(group.resting.insert(member.owner, rest)),
+            None => drop(group.resting.remove(&member.owner)),
+        }
+        drop(state);
+        self.ended.notify_waiters();
+    }
+
     pub fn lost(&self, member: &Member, mut held: Vec<Lease>) -> Vec<Lease> {
         let state = self.state();
         let group = state.groups.get(&member.group);
@@ -199,6 +227,7 @@ impl Store {
         let mut state = self.state();
         let Some(group) = state.groups.get_mut(&member.group) else { return };
         group.release_all(member.owner);
+        group.resting.remove(&member.owner);
         group.members -= 1;
         if member.broadcast {
             state.remove_group(member.group);
@@ -267,8 +296,8 @@ impl State {
         Some(result)
     }
 
-    fn has_room(&self, wanted: usize) -> bool {
-        self.load.events == 0 || (self.load.events + wanted <= CAPACITY && self.load.bytes <= CAPACITY_BYTES)
+    fn has_room(&self, wanted: usize, bytes: usize) -> bool {
+        self.load.events == 0 || (self.load.events + wanted <= CAPACITY && self.load.bytes < bytes)
     }
 
     fn accept(&mut self, outgoing: Outgoing, now: Duration) -> Receipt {
@@ -415,10 +444,6 @@ impl State {
 
     fn is_idle(&self, now: Duration) -> bool {
         self.delayed.first_key_value().is_none_or(|((due, _), _)| *due > now)
-            && self
-                .groups
-                .values()
-                .filter(|group| group.members > 0)
-                .all(|group| group.is_idle() && group.next_due().is_none_or(|due| due > now))
+            && self.groups.values().filter(|group| group.members > 0).all(|group| group.is_idle(now))
     }
 }

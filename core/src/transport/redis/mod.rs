@@ -60,6 +60,7 @@ use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source,
     Task, Transport,
@@ -75,6 +76,7 @@ struct Redis(Arc<Shared>);
 struct Shared {
     partitions: Vec<Arc<Partition>>,
     settings: Settings,
+    room: Room,
     /// What a publish waits for.
     wanted: Confirm,
     sources: Mutex<Vec<Weak<dyn Source>>>,
@@ -124,9 +126,11 @@ impl Shared {
             runtime.spawn(Doorbell::run(partition.clone()));
             runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
         }
+        let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
         Ok(Arc::new(Self {
             partitions,
             settings,
+            room,
             wanted,
             sources: Mutex::default(),
             seen: mail::Seen::default(),
@@ -168,7 +172,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, batch, deadline).await
+        publish::publish(&self.partitions, &self.room, batch, deadline).await
     }
 
     async fn close(&self) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use redis::{Cmd, Pipeline, Value};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
 use super::fault::{self, Failure, strange};
@@ -21,6 +21,7 @@ use super::{scripts, value};
 use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
+use crate::transport::room::Room;
 use crate::transport::{Confirm, Outgoing, Receipt, time};
 
 /// Before something is repeated that the server refused because it starts or fails over.
@@ -47,6 +48,7 @@ struct Job {
     rows: Arc<Vec<Row>>,
     deadline: Instant,
     state: Arc<AtomicU8>,
+    _room: Arc<OwnedSemaphorePermit>,
     reply: oneshot::Sender<Result<Vec<Value>>>,
 }
 
@@ -68,10 +70,15 @@ pub(super) struct Publisher {
 
 impl Publisher {
     /// Stores the rows, or says why not: whether nothing was stored, or perhaps all.
-    async fn store(&self, rows: Arc<Vec<Row>>, deadline: Instant) -> Result<Vec<Value>> {
+    async fn store(
+        &self,
+        rows: Arc<Vec<Row>>,
+        room: Arc<OwnedSemaphorePermit>,
+        deadline: Instant,
+    ) -> Result<Vec<Value>> {
         let (reply, answer) = oneshot::channel();
         let state = Arc::new(AtomicU8::new(QUEUED));
-        lock(&self.queue).push_back(Job { rows, deadline, state: state.clone(), reply });
+        lock(&self.queue).push_back(Job { rows, deadline, state: state.clone(), _room: room, reply });
         self.wanted.notify_one();
         match tokio::time::timeout_at(deadline + GRACE, answer).await {
             Ok(answer) => answer.unwrap_or_else(|_| Err(fault::closed())),
@@ -190,24 +197,28 @@ impl Publisher {
     }
 }
 
-/// Stores the batch. Atomic within a partition; a failure lists what was not accepted.
+/// Stores the batch, when there is room for it. Atomic within a partition; a failure lists what was not accepted.
 pub(super) async fn publish(
     partitions: &[Arc<Partition>],
+    room: &Room,
     batch: Vec<Outgoing>,
     deadline: Instant,
 ) -> Result<Vec<Receipt>> {
     let count = batch.len();
     let mut parts: Vec<Vec<Row>> = partitions.iter().map(|_| Vec::new()).collect();
+    let mut bytes = 0;
     for (index, outgoing) in batch.into_iter().enumerate() {
         let row = row(index, outgoing)?;
+        bytes += row.bytes.len();
         parts[partition_of(row.key.as_deref(), partitions.len() as u32) as usize].push(row);
     }
+    let room = Arc::new(room.enter(count, bytes, deadline).await?);
     let (mut receipts, mut failures) = (vec![None; count], Vec::new());
     let several = partitions.len() > 1;
     let work = partitions.iter().zip(parts).filter(|(_, rows)| !rows.is_empty());
-    let stored = work.map(|(partition, rows)| async move {
-        let rows = Arc::new(rows);
-        (rows.clone(), store(partition, rows, deadline, several).await)
+    let stored = work.map(|(partition, rows)| {
+        let (rows, room) = (Arc::new(rows), room.clone());
+        async move { (rows.clone(), store(partition, rows, room, deadline, several).await) }
     });
     for (rows, stored) in futures_util::future::join_all(stored).await {
         match stored {
@@ -266,10 +277,11 @@ fn command(partition: &Partition, row: &Row) -> Cmd {
 async fn store(
     partition: &Partition,
     rows: Arc<Vec<Row>>,
+    room: Arc<OwnedSemaphorePermit>,
     deadline: Instant,
     several: bool,
 ) -> Result<Vec<Option<Text>>> {
-    let answers = partition.publisher.store(rows, deadline).await?;
+    let answers = partition.publisher.store(rows, room, deadline).await?;
     let position = |answer: Value| -> Result<Option<Text>> {
         let id = match answer {
             Value::Array(parts) => {

@@ -27,6 +27,7 @@ use crate::delivery::{Delivery, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::pattern::Pattern;
+use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Settlement,
     Source, Start, Task, Transport,
@@ -44,6 +45,7 @@ struct Shared {
     link: Link,
     prefix: String,
     settings: Settings,
+    room: Room,
     listeners: Mutex<Vec<Weak<Listener>>>,
     /// The channel patterns changed.
     changed: watch::Sender<u64>,
@@ -81,11 +83,13 @@ pub(in crate::transport) fn open(rest: &str, settings: Settings) -> Task<Result<
         let prefix = format!("polybus:{{{}}}:", settings.bus);
         let link = Link::new(server.clone(), prefix.clone());
         link.check().await.map_err(|failure| failure.error.during("open"))?;
+        let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
         let shared = Arc::new(Shared {
             server,
             link,
             prefix,
             settings,
+            room,
             listeners: Mutex::default(),
             changed: watch::Sender::new(0),
             confirmed: watch::Sender::new(0),
@@ -129,18 +133,22 @@ impl Shared {
         let deadline = Instant::now() + timeout.min(super::FOR_EVER);
         let mut commands = redis::Pipeline::new();
         let (mut receipts, atomic) = (Vec::with_capacity(batch.len()), batch.len() > 1);
+        let mut bytes = 0;
         if atomic {
             commands.cmd("MULTI");
         }
         for Outgoing { event, .. } in &batch {
             let channel = format!("{}{}", self.prefix, event.event_type);
-            commands.cmd("PUBLISH").arg(channel).arg(codec::encode(event)?);
+            let event_bytes = codec::encode(event)?;
+            bytes += event_bytes.len();
+            commands.cmd("PUBLISH").arg(channel).arg(event_bytes);
             receipts.push(Receipt { id: event.meta.id.clone(), position: None });
         }
         if atomic {
             commands.cmd("EXEC");
         }
         commands.ignore_errors();
+        let _room = self.room.enter(batch.len(), bytes, deadline).await?;
         for answer in self.link.run_all(&commands, deadline).await.map_err(super::publish::explain)? {
             super::fault::check(answer)?;
         }

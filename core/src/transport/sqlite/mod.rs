@@ -51,6 +51,7 @@ use bytes::Bytes;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source, Task,
     Transport,
@@ -72,6 +73,7 @@ struct Shared {
     store: Arc<Store>,
     bus: i64,
     settings: Settings,
+    room: Room,
     limits: Limits,
     sources: Mutex<Vec<Weak<dyn Source>>>,
     closed: AtomicBool,
@@ -97,7 +99,9 @@ impl Shared {
         let retention = settings.retention.unwrap_or(RETENTION);
         let limits = Limits { bus, retention, max_age: settings.max_age, max_events: settings.max_events };
         store.limits().lock().unwrap_or_else(PoisonError::into_inner).push(limits.clone());
-        let shared = Self { store, bus, settings, limits, sources: Mutex::default(), closed: AtomicBool::new(false) };
+        let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
+        let (sources, closed) = (Mutex::default(), AtomicBool::new(false));
+        let shared = Self { store, bus, settings, room, limits, sources, closed };
         Ok(Arc::new(Sqlite { shared: Arc::new(shared) }))
     }
 
@@ -163,7 +167,8 @@ impl Shared {
         drop(batch);
         let (bus, count) = (self.bus, rows.len());
         let insert = move |tx: &rusqlite::Connection| Ok(Made::ring(publish::insert(tx, bus, &rows)?));
-        self.store.publish((count, bytes), deadline, insert).await
+        let room = self.room.enter(count, bytes, deadline).await?;
+        self.store.publish((count, bytes), deadline, room, insert).await
     }
 
     async fn change_dead(&self, filter: DeadLetterFilter, change: Change) -> Result<u64> {

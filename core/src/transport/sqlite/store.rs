@@ -29,10 +29,6 @@ use super::{fault, file, schema};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::PerProcess;
 
-/// Bytes of publishes that may wait for the writer.
-const QUEUE_BYTES: usize = 64 << 20;
-/// What one waiting event weighs beside its bytes: bounds the queue to about 130,000 entries.
-const ENTRY_WEIGHT: usize = 512;
 /// Reads (statistics, dead-letter lists) at one time.
 const READERS: usize = 2;
 /// How long a publish that started before its timeout may take to finish, before its outcome is called unknown.
@@ -51,7 +47,6 @@ pub(super) struct Inner {
     pub file_system: String,
     pub bell: Arc<Doorbell>,
     jobs: Sender<Message>,
-    room: Arc<Semaphore>,
     want_full: Arc<AtomicBool>,
     limits: Arc<Mutex<Vec<Limits>>>,
     readers: Mutex<Vec<Tracked>>,
@@ -162,7 +157,6 @@ impl Store {
             file_system,
             bell,
             jobs,
-            room: Arc::new(Semaphore::new(QUEUE_BYTES)),
             want_full,
             limits,
             readers: Mutex::default(),
@@ -247,19 +241,19 @@ impl Store {
         answered(answer.await)
     }
 
-    /// As [`Store::write`] for `bytes` of events: waits for room in the queue, and for the start, until `deadline`.
+    /// As [`Store::write`] for `bytes` of events: waits for the start until `deadline`. Gives `room` back when it is done.
     pub(super) async fn publish<T: Send + 'static>(
         &self,
         (rows, bytes): (usize, usize),
         deadline: tokio::time::Instant,
+        room: OwnedSemaphorePermit,
         work: impl FnMut(&Connection) -> Result<Made<T>> + Send + 'static,
     ) -> Result<T> {
         self.check()?;
-        let permit = self.room(rows, bytes, deadline).await?;
         let ticket = Ticket::default();
         let mut work = work;
         let (job, mut answer) = Write::new((rows, bytes), Some(ticket.clone()), move |tx: &Connection| {
-            let _weighs = &permit;
+            let _weighs = &room;
             work(tx)
         });
         self.send(job)?;
@@ -274,19 +268,6 @@ impl Store {
             Err(_) => Err(Error::new(
                 ErrorKind::PublishUnknown,
                 "the commit did not finish in time; the events may or may not be stored, publish again with the same ids if duplicates are harmless",
-            )),
-        }
-    }
-
-    async fn room(&self, rows: usize, bytes: usize, deadline: tokio::time::Instant) -> Result<OwnedSemaphorePermit> {
-        // A batch larger than the whole queue waits until the queue is empty.
-        let weight = bytes.saturating_add(rows.saturating_mul(ENTRY_WEIGHT)).min(QUEUE_BYTES);
-        let weight = u32::try_from(weight).unwrap_or(u32::MAX);
-        match tokio::time::timeout_at(deadline, self.room.clone().acquire_many_owned(weight)).await {
-            Ok(permit) => permit.map_err(|_| fault::closed()),
-            Err(_) => Err(Error::new(
-                ErrorKind::BufferFull,
-                "the publish queue stayed full until the timeout passed; nothing was stored, publish slower or in larger batches",
             )),
         }
     }

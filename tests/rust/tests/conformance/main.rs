@@ -2,7 +2,9 @@
 //! reliability research they stand for.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod batches;
 mod delivery;
+mod flow;
 mod lifecycle;
 mod ordered;
 mod publishing;
@@ -52,6 +54,8 @@ fn run() -> Conclusion {
         ("lifecycle", lifecycle::ALL),
         ("ordered", ordered::ALL),
         ("requests", requests::ALL),
+        ("flow", flow::ALL),
+        ("batches", batches::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
