@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn spec(name: &str, ordered: bool) -> Result<GroupSpec, Failure> {
     Ok(GroupSpec {
+        responder: false,
         group: format!("bench/{name}").into(),
         subscription: name.into(),
         service: "bench".into(),
@@ -65,6 +66,8 @@ async fn run() -> Result<(), Failure> {
     let mut next = || arguments.next().ok_or("give a URL, a number of events and a number of keys");
     let (url, events, keys): (_, usize, usize) = (next()?, next()?.parse()?, next()?.parse()?);
     let settings = Settings {
+        publish_buffer_bytes: None,
+        when_full: Default::default(),
         bus: format!("bench-{}", std::process::id()).into(),
         durability: Durability::Off,
         retention: None,

@@ -3,7 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use polybus_core::transport::{Durability, Settings, connect};
+use polybus_core::transport::{Durability, GroupSpec, Settings, connect};
 use polybus_core::{Error, ErrorKind};
 
 use crate::support::*;
@@ -194,5 +194,29 @@ async fn a_bus_that_is_dropped_without_close_loses_nothing() {
     let bus = open(&place.path).await;
     let source = bus.subscribe(spec("g")).await.unwrap();
     assert_eq!(take_all(&source, 10).await.len(), 10);
+    bus.close().await;
+}
+
+/// A file of an earlier polybus gets the columns that came later, and what is in it stays.
+#[tokio::test]
+async fn an_older_file_gets_the_new_columns() {
+    let place = place();
+    let bus = open(&place.path).await;
+    bus.subscribe(spec("one")).await.unwrap();
+    publish(&bus, 0..3).await;
+    bus.close().await;
+    let file = rusqlite::Connection::open(&place.path).unwrap();
+    let older =
+        ["polybus_groups DROP COLUMN ordered", "polybus_deliveries DROP COLUMN lane", "polybus_dead DROP COLUMN lane"];
+    for change in older {
+        file.execute_batch(&format!("ALTER TABLE {change}")).unwrap();
+    }
+    drop(file);
+    let bus = open(&place.path).await;
+    let one = bus.subscribe(spec("one")).await.unwrap();
+    assert_eq!(numbers(&take_all(&one, 3).await), [0, 1, 2]);
+    let two = bus.subscribe(GroupSpec { ordered: true, ..spec("two") }).await.unwrap();
+    publish(&bus, 3..4).await;
+    assert_eq!(numbers(&take_all(&two, 1).await), [3]);
     bus.close().await;
 }
