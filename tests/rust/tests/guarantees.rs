@@ -24,6 +24,7 @@ fn words(capability: &str) -> &'static str {
         "start_position" => "a new group starts at the beginning or at a time",
         "broadcast" => "`broadcast`: a copy for each process",
         "ordered" => "`ordered`: the events of one partition key in order",
+        "request" => "`request` and `respond`",
         other => panic!("say in docs/guarantees.md what {other} is: add it to {}", file!()),
     }
 }
