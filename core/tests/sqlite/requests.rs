@@ -17,7 +17,7 @@ fn count(path: &std::path::Path, table: &str) -> i64 {
 async fn letters_that_nobody_fetches_vanish() {
     let place = place();
     let bus = open(&place.path).await;
-    let post = |mailbox: &str, ttl| bus.post(mailbox.into(), b"x"[..].into(), ttl);
+    let post = |mailbox: &str, ttl| bus.post(mailbox.into(), bytes::Bytes::from_static(b"x"), ttl);
     post("0a", Duration::from_millis(1)).await.unwrap();
     post("0b", PATIENCE).await.unwrap();
     let deadline = std::time::Instant::now() + PATIENCE;

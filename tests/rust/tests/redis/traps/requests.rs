@@ -2,6 +2,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::join_all;
 use polybus_conformance::proxy::Proxy;
 use polybus_conformance::redis_server::RedisServer;
@@ -103,13 +104,13 @@ async fn letters_that_nobody_fetches_vanish() {
     let server = RedisServer::start();
     let settings = polybus_core::BusOptions::new("test").settings(polybus_core::clock::Clock::default());
     let transport = connect(&server.url(), settings).await.unwrap();
-    let mailbox = "0123456789abcdef0123456789abcdef";
-    let post = |letter: &'static [u8], ms| transport.post(mailbox.into(), letter.into(), Duration::from_millis(ms));
-    post(b"long", 3000).await.unwrap();
-    post(b"short", 1).await.unwrap(); // does not shorten the other's time
-    let keys = || server.cli(&["KEYS", "*:mail:*"]);
-    assert_eq!(keys(), format!("polybus:{{default}}:mail:{mailbox}"));
-    assert!(server.cli(&["PTTL", &keys()]).parse::<i64>().unwrap() > 100);
-    until("the mailbox is gone", || keys().is_empty()).await;
+    let (kept, lost) = ("0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210");
+    let post = |mailbox: &str, ttl: Duration| transport.post(mailbox.into(), Bytes::from_static(b"x"), ttl);
+    let left = |mailbox: &str| server.cli(&["PTTL", &format!("polybus:{{default}}:mail:{mailbox}")]);
+    post(kept, 2 * DEADLINE).await.unwrap();
+    post(kept, Duration::from_millis(1)).await.unwrap(); // does not shorten the other's time
+    post(lost, Duration::from_millis(1)).await.unwrap();
+    until("the mailbox is gone", || left(lost) == "-2").await;
+    assert!(left(kept).parse::<i64>().unwrap() > 0, "{}", left(kept));
     transport.close().await;
 }
