@@ -90,6 +90,8 @@ export class Runner {
   /** Set when the subscription is made, like the next. */
   group = ''
   timeoutMs: number | null = null
+  /** Tells the key of an event, in a subscription that asks for it. */
+  key: ((event: Received) => unknown) | undefined
   readonly jobs = new Map<number, Context>()
 
   constructor(
@@ -220,7 +222,8 @@ export class Bridge {
             runner.group,
             numbers[at + 4] as number,
           )
-          this.#run(runner, job, event)
+          if (numbers[at + 2] === 0) this.#tellKey(runner, job, event)
+          else this.#run(runner, job, event)
         }
         start = end
       }
@@ -260,6 +263,19 @@ export class Bridge {
     this.release()
     if (ok) waiting.resolve(text)
     else waiting.reject(new Failed(text))
+  }
+
+  /** The core asks for the key of an event, and hands out the event again if it is to be handled. */
+  #tellKey(runner: Runner, job: number, event: Received): void {
+    try {
+      const key = new AsyncResource('PolybusKey', MANUAL).runInAsyncScope(() => runner.key?.(event))
+      if (key === undefined || key === null) this.#native.tellKey(runner.id, job)
+      else if (isKey(key)) this.#native.tellKey(runner.id, job, String(key))
+      else throw new TypeError(`idempotent told a key that is ${kindOf(key)}; return a string, an integer, or nothing`)
+    } catch (error) {
+      const { name, message, stack } = failureOf(error)
+      this.#native.fail(runner.id, job, FAILED, 0, name, message, stack)
+    }
   }
 
   #run(runner: Runner, job: number, event: Received): void {
@@ -318,6 +334,15 @@ export class Bridge {
     if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack)
     else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack)
   }
+}
+
+function isKey(key: unknown): boolean {
+  return typeof key === 'string' || typeof key === 'bigint' || Number.isSafeInteger(key)
+}
+
+function kindOf(key: unknown): string {
+  if (typeof key === 'number') return 'not a whole number'
+  return isThenable(key) ? 'a promise' : `of type ${typeof key}`
 }
 
 /** The lowest level that `logger` wants; debug only if it says so, as pino does. */

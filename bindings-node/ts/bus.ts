@@ -64,6 +64,11 @@ export interface BusOptions {
   maxEvents?: number
   /** Where a publish to a server must have arrived before it returns. Default `memory`: in the server. */
   confirm?: 'memory' | 'disk' | 'replica'
+  /**
+   * How long the `idempotencyKey` of a published event is remembered: another publish with it is absorbed, and its receipt
+   * says `duplicate`. 0 turns it off. Default 1 h; not on `redis+pubsub`.
+   */
+  idempotencyWindowMs?: number
   /** Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1. */
   partitions?: number
   /** Open a file on a network file system. Default false. */
@@ -76,6 +81,11 @@ export interface Receipt {
   readonly id: string
   /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
   readonly position?: string
+  /**
+   * True when nothing was stored, because an event with this idempotency key was published before: `id` and `position`
+   * are that one's. Absent otherwise.
+   */
+  readonly duplicate?: boolean
 }
 
 /** What holds on the live store, as measured. */
@@ -97,6 +107,10 @@ export interface Guarantees {
     readonly deadLetters: boolean
     readonly startPosition: boolean
     readonly broadcast: boolean
+    /** Subscriptions can handle events of one key once. */
+    readonly idempotent: boolean
+    /** A publish with an idempotency key that was published before is absorbed. */
+    readonly publishDedupe: boolean
   }
 }
 
@@ -317,6 +331,9 @@ export class Bus<E extends object = AnyEvents> {
       throw new InvalidConfig('the handler has no name; pass one, like { name: "audit" }: it names the durable group')
     }
     if (options.start instanceof Date) options.start = options.start.getTime()
+    if (typeof options.idempotent === 'string') {
+      throw new InvalidConfig('idempotent is a string; give true, or a function that tells the key of an event')
+    }
     call(() => bridge().native.checkSubscription(pattern, optionsText(options, 'subscription')))
     return { pattern, handler: handler as Handler, options, name: options.name }
   }
@@ -329,6 +346,7 @@ export class Bus<E extends object = AnyEvents> {
   ): Promise<Subscription> {
     const home = bridge()
     const runner = home.runner(options.name as string, (event, context) => inside.run(this, handler, event, context))
+    if (typeof options.idempotent === 'function') runner.key = options.idempotent
     const live: Live = {
       runner,
       holds: this.#held,

@@ -28,6 +28,13 @@ export interface SubscribeOptions {
   broadcast?: boolean
   /** Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true. */
   deadLetter?: boolean
+  /**
+   * Handle events of one key once, in the whole group. `true`: the event's `idempotencyKey`, or its id where it has none.
+   * A function, not an async one, tells the key; where it returns nothing, the event's own counts. Default false.
+   */
+  idempotent?: boolean | ((event: Received) => string | number | bigint | null | undefined)
+  /** How long a handled key is remembered. Default 7 days. */
+  idempotentRetentionMs?: number
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */
@@ -56,6 +63,8 @@ export interface SubscriptionStats {
   readonly dropped: number
   readonly released: number
   readonly timedOut: number
+  /** Absorbed by an idempotent subscription, because their key was handled before. */
+  readonly duplicates: number
   readonly leasesLost: number
   /** Sum of handler times. */
   readonly busyMs: number

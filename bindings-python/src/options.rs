@@ -26,11 +26,13 @@ enum Kind {
     /// A datetime or seconds since 1970 → milliseconds since 1970; words stay.
     Time,
     Retry,
+    /// A bool, or a function that tells the key of an event.
+    Key,
     /// Promised, not there yet.
     Later,
 }
 
-use Kind::{Later, Plain, Retry, Seconds, Time};
+use Kind::{Key, Later, Plain, Retry, Seconds, Time};
 
 /// The options of one call: what they belong to, and their names.
 pub struct Options {
@@ -56,6 +58,7 @@ pub const BUS: Options = Options {
         ("max_age", Seconds),
         ("max_events", Plain),
         ("confirm", Plain),
+        ("idempotency_window", Seconds),
         ("partitions", Plain),
         ("allow_network_fs", Plain),
         ("virtual_clock", Plain),
@@ -76,7 +79,8 @@ pub const SUBSCRIBE: Options = Options {
         ("dead_letter", Plain),
         ("ordered", Later),
         ("batch", Later),
-        ("idempotent", Later),
+        ("idempotent", Key),
+        ("idempotent_retention", Seconds),
         ("breaker", Later),
     ],
 };
@@ -164,6 +168,14 @@ impl Kind {
                     format!("{name} is a {}; give RetryPolicy(max_retries=…)", json::type_name(value)),
                 )),
             },
+            Key if value.is_callable() => Ok("\"function\"".to_owned()),
+            Key if !value.is_instance_of::<PyBool>() => Err(invalid_config(
+                py,
+                format!(
+                    "{name} is a {}; give True, or a function that tells the key of an event",
+                    json::type_name(value)
+                ),
+            )),
             Later => {
                 Err(to_py(py, &Error::unsupported(format!("{name}= is not available in this version; leave it out"))))
             }

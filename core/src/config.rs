@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 17] = [
+const OPTIONS: [(&str, Kind); 18] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -48,6 +48,7 @@ const OPTIONS: [(&str, Kind); 17] = [
     ("max_age", Kind::Duration),
     ("max_events", Kind::Number),
     ("confirm", Kind::Text),
+    ("idempotency_window", Kind::Duration),
     ("partitions", Kind::Number),
     ("allow_network_fs", Kind::Flag),
 ];

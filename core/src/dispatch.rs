@@ -1,7 +1,9 @@
-//! The life of a delivery: take → permit → handler with deadline → policy → settle.
+//! The life of a delivery: take → permit → (key) → handler with deadline → policy → settle.
 //!
 //! One task for each subscription owns all of its state; the handler reports from anywhere. This is the only place
 //! that makes a verdict.
+
+mod once;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,12 +13,15 @@ use std::time::Duration;
 use ahash::AHashMap;
 use tokio::sync::watch;
 
+pub(crate) use self::once::Once;
+use self::once::{Beginning, own_key};
 use crate::clock::Clock;
 use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, Text};
 use crate::handler::{CancelReason, Handler, Job, Outcome, Reporter};
 use crate::metrics::{Origin, Status};
+use crate::options::Key;
 use crate::retry::{Jitter, RetryPolicy};
 use crate::subscription::{Counters, Wish};
 use crate::testkit::Faults;
@@ -48,6 +53,8 @@ pub(crate) struct Rules {
     /// Nothing is settled, so nothing is retried.
     pub broadcast: bool,
     pub lease: Duration,
+    /// Events of one key are handled once.
+    pub once: Option<Once>,
 }
 
 pub(crate) struct Dispatcher {
@@ -66,6 +73,8 @@ struct Running {
     attempt: u32,
     event: Event,
     started: Duration,
+    /// Only asked for its key: what is to be run afterwards.
+    asked: Option<Box<Delivery>>,
 }
 
 /// What the loop holds between turns.
@@ -77,6 +86,10 @@ struct Held {
     /// In order of start; entries of ended jobs are skipped.
     deadlines: VecDeque<(Duration, u64)>,
     unsettled: Vec<Settlement>,
+    /// Of an idempotent subscription: with a permit and a key, and not yet marked in the store.
+    keyed: Vec<(Delivery, Text)>,
+    /// How many are being marked.
+    beginning: usize,
     /// How many of a settle are on their way.
     settling: usize,
 }
@@ -90,6 +103,7 @@ impl Dispatcher {
         let mut held = Held::default();
         let mut taking: Option<Task<Result<Vec<Delivery>>>> = None;
         let mut settling: Option<Settling> = None;
+        let mut beginning: Option<Beginning> = None;
         let mut checking: Option<Task<Result<Vec<Lease>>>> = None;
         let mut resume_at = None; // set while the transport fails
         let mut failures = 0;
@@ -105,19 +119,27 @@ impl Dispatcher {
                 if tokio::time::Instant::now() >= deadline {
                     self.abandon(&mut held, CancelReason::Closing);
                 }
-                if held.running.is_empty() && held.unsettled.is_empty() && settling.is_none() {
+                let idle = held.running.is_empty() && held.unsettled.is_empty();
+                if idle && settling.is_none() && beginning.is_none() {
                     break;
                 }
             }
             self.launch(&mut held, &reporter);
             self.publish_gauges(&held);
             let room = (self.rules.concurrency + self.rules.prefetch)
-                .saturating_sub(held.running.len() + held.buffered.len() + held.settling + held.unsettled.len());
+                .saturating_sub(held.permits() + held.buffered.len() + held.settling + held.unsettled.len());
             if taking.is_none() && room > 0 && wish == Wish::Run && resume_at.is_none() {
                 taking = Some(self.source.take(room));
             }
             if settling.is_none() && !held.unsettled.is_empty() && resume_at.is_none() {
                 settling = Some(self.settle(&mut held));
+            }
+            if let Some(once) = self.rules.once
+                && beginning.is_none()
+                && !held.keyed.is_empty()
+                && resume_at.is_none()
+            {
+                beginning = Some(self.begin(&mut held, once));
             }
             let draining = matches!(wish, Wish::Drain(_));
 
@@ -137,6 +159,21 @@ impl Dispatcher {
                         Err(error) => {
                             held.unsettled.splice(0..0, left(batch, &error));
                             resume_at = Some(self.back_off(&mut failures, "settle", &error));
+                        }
+                    }
+                },
+                (batch, begun) = maybe(&mut beginning) => {
+                    beginning = None;
+                    held.beginning = 0;
+                    match begun {
+                        Ok(begun) => {
+                            failures = 0;
+                            self.admit(&mut held, batch, &begun, &reporter);
+                        }
+                        Err(error) if error.kind() == ErrorKind::BusClosed => {}
+                        Err(error) => {
+                            held.keyed.splice(0..0, batch);
+                            resume_at = Some(self.back_off(&mut failures, "begin", &error));
                         }
                     }
                 },
@@ -174,9 +211,8 @@ impl Dispatcher {
 
     /// Moves buffered deliveries into the handler while there are permits.
     fn launch(&self, held: &mut Held, reporter: &Reporter) {
-        let now = self.clock.elapsed();
         let mut jobs = Vec::new();
-        while held.running.len() < self.rules.concurrency {
+        while held.permits() < self.rules.concurrency {
             let Some(delivery) = held.buffered.pop_front() else { break };
             let event = match &delivery.body {
                 Body::Event(event) => event.clone(),
@@ -194,30 +230,52 @@ impl Dispatcher {
                 held.unsettled.push(self.dead(delivery.lease, DeadReason::Poison, Failure::new("Poison", message, "")));
                 continue;
             }
-            held.next_id += 1;
-            let id = held.next_id;
-            held.running.insert(
-                id,
-                Running { lease: delivery.lease, attempt: delivery.attempt, event: event.clone(), started: now },
-            );
-            if self.faults.as_ref().is_some_and(|faults| faults.take_failure(&event)) {
-                let failure = Failure::new("InjectedFault", "fail_next of the test kit", "");
-                reporter.report([(id, Outcome::Failed(failure))]);
-                continue;
+            match self.rules.once.map(|once| once.key) {
+                None => jobs.extend(self.job(held, &delivery, event, reporter)),
+                Some(Key::Event) => held.keyed.push((delivery, own_key(&event))),
+                Some(Key::Handler) => {
+                    let id = self.enter(held, &delivery, event.clone(), true);
+                    jobs.push(Job { attempt: 0, ..Job::new(id, event, &delivery) });
+                }
             }
-            if let Some(timeout) = self.rules.timeout {
-                held.deadlines.push_back((now + timeout, id));
-            }
-            jobs.push(Job::new(id, event, &delivery));
         }
         if !jobs.is_empty() {
             self.handler.start(jobs, reporter);
         }
     }
 
+    /// Takes a delivery into the handler's hands; its deadline begins.
+    fn enter(&self, held: &mut Held, delivery: &Delivery, event: Event, asks: bool) -> u64 {
+        let now = self.clock.elapsed();
+        held.next_id += 1;
+        let id = held.next_id;
+        let asked = asks.then(|| Box::new(delivery.clone()));
+        let Delivery { lease, attempt, .. } = *delivery;
+        held.running.insert(id, Running { lease, attempt, event, started: now, asked });
+        if let Some(timeout) = self.rules.timeout {
+            held.deadlines.push_back((now + timeout, id));
+        }
+        id
+    }
+
+    /// The job of a delivery, unless the test kit lets it fail.
+    fn job(&self, held: &mut Held, delivery: &Delivery, event: Event, reporter: &Reporter) -> Option<Job> {
+        let id = self.enter(held, delivery, event.clone(), false);
+        if self.faults.as_ref().is_some_and(|faults| faults.take_failure(&event)) {
+            let failure = Failure::new("InjectedFault", "fail_next of the test kit", "");
+            reporter.report([(id, Outcome::Failed(failure))]);
+            return None;
+        }
+        Some(Job::new(id, event, delivery))
+    }
+
     /// Turns what the handler said into a verdict. Late reports of jobs that were timed out or lost are ignored.
     fn judge(&self, held: &mut Held, id: u64, outcome: Outcome) {
-        let Some(Running { lease, attempt, event, started }) = held.running.remove(&id) else { return };
+        let Some(Running { lease, attempt, event, started, asked }) = held.running.remove(&id) else { return };
+        if let (Some(delivery), Outcome::Key(key)) = (asked, &outcome) {
+            held.keyed.push((*delivery, key.clone().filter(|key| !key.is_empty()).unwrap_or_else(|| own_key(&event))));
+            return;
+        }
         let busy = self.clock.elapsed().saturating_sub(started);
         self.counters.busy_micros.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
         let done = matches!(outcome, Outcome::Done);
@@ -230,16 +288,21 @@ impl Dispatcher {
                 Counters::count(&self.counters.released);
                 Settlement { lease, verdict: Verdict::Release }
             }
+            Outcome::Key(_) => {
+                let failure =
+                    Failure::new("InvalidHandler", "the handler told a key where it was to handle an event", "");
+                self.again(lease, attempt, None, failure, &event)
+            }
             Outcome::Rejected(failure) => self.dead(lease, DeadReason::Rejected, failure),
             Outcome::Failed(failure) => self.again(lease, attempt, None, failure, &event),
             Outcome::RetryAfter(after, failure) => self.again(lease, attempt, Some(after), failure, &event),
         };
         let status = match settlement.verdict {
             Verdict::Ack if done => Status::Completed,
-            Verdict::Ack => Status::Dropped,
+            Verdict::Ack | Verdict::Drop => Status::Dropped,
             Verdict::Retry { .. } => Status::Retried,
             Verdict::DeadLetter { .. } => Status::DeadLettered,
-            Verdict::Release => Status::Released,
+            Verdict::Release | Verdict::Postpone { .. } => Status::Released,
         };
         self.counters.attempts.change(Origin::of(&event), |attempts| attempts.ended(status, Some(busy)));
         held.unsettled.push(settlement);
@@ -295,7 +358,7 @@ impl Dispatcher {
             failure.kind,
             failure.message
         );
-        Settlement { lease, verdict: Verdict::Ack }
+        Settlement { lease, verdict: Verdict::Drop }
     }
 
     /// Ends the jobs whose time is up: the policy decides at once, the handler is asked to stop.
@@ -325,9 +388,9 @@ impl Dispatcher {
 
     /// Hands back what no handler has seen.
     fn hand_back(&self, held: &mut Held) {
-        let back =
-            held.buffered.drain(..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
-        held.unsettled.extend(back);
+        let keyed = held.keyed.drain(..).map(|(delivery, _)| delivery);
+        let back = held.buffered.drain(..).chain(keyed);
+        held.unsettled.extend(back.map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release }));
     }
 
     /// Stops all running jobs and hands their leases back; the attempt does not count.
@@ -382,6 +445,11 @@ impl Dispatcher {
 }
 
 impl Held {
+    /// How many of the permits are taken.
+    fn permits(&self) -> usize {
+        self.running.len() + self.keyed.len() + self.beginning
+    }
+
     /// The next deadline of a job that still runs.
     fn next_deadline(&mut self) -> Option<Duration> {
         while let Some((due, id)) = self.deadlines.front() {

@@ -36,6 +36,7 @@ async def main(url: str, bus_name: str) -> None:
                             handler,
                             name=command["name"],
                             group=command["group"],
+                            idempotent=key_of if command.get("once") else False,
                             retry=RetryPolicy(max_retries=1, initial_delay=0.005, jitter="none"),
                         )
                     )
@@ -48,6 +49,10 @@ async def main(url: str, bus_name: str) -> None:
                     tell({"dead": [described(letter) for letter in await bus.dead_letters.list(limit=100)]})
                 case "replay":
                     tell({"replayed": await bus.dead_letters.replay({})})
+
+
+def key_of(event: Event[Any]) -> str:
+    return event.raw.decode()
 
 
 def snake(name: str) -> str:

@@ -23,9 +23,8 @@ for await (const line of createInterface({ input: process.stdin })) {
       if (command.fail) throw new Error('as the test wants ☃')
     }
     const retry = { maxRetries: 1, initialDelayMs: 5, jitter: 'none' } as const
-    subscriptions.push(
-      await bus.subscribe(command.pattern, handler, { name: command.name, group: command.group, retry }),
-    )
+    const options = { name: command.name, group: command.group, idempotent: command.once && text, retry }
+    subscriptions.push(await bus.subscribe(command.pattern, handler, options))
     tell({ subscribed: command.name })
   } else if (command.do === 'unsubscribe') {
     await Promise.all(subscriptions.map((subscription) => subscription.unsubscribe()))

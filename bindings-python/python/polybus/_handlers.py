@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polybus import _native
 from polybus._runtime import drain_logs
-from polybus.errors import InvalidHandler, Reject, Retry
+from polybus.errors import InvalidConfig, InvalidHandler, Reject, Retry
 
 if TYPE_CHECKING:
     from polybus._native import Event
@@ -76,6 +76,34 @@ def is_async(handler: object) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004
 
 
+KeyFunction = Callable[["Event[Any]"], object]
+
+
+def key_function(options: dict[str, Any]) -> KeyFunction | None:
+    """The function that tells the keys of an idempotent subscription, if one was given."""
+    key = options.get("idempotent")
+    if not callable(key):
+        return None
+    if is_async(key):
+        raise InvalidConfig("idempotent= is a coroutine function; give a plain function: it runs before each event")
+    return key
+
+
+def tell_key(reporter: _native.Reporter, job: int, key: KeyFunction, event: Event[Any]) -> None:
+    """Answer the core, which asked for the key of an event."""
+    try:
+        told = key(event)
+        if isinstance(told, int) and not isinstance(told, bool):
+            told = str(told)
+        if told is not None and not isinstance(told, str):
+            raise TypeError(f"idempotent= told a key that is a {type(told).__qualname__}; return a str, an int or None")
+        reporter.key(job, told)
+    except BaseException as error:
+        report(reporter, job, error)
+        if not isinstance(error, Exception):
+            raise
+
+
 # ---- what a handler said ------------------------------------------------------------------------------------------
 
 
@@ -119,8 +147,10 @@ class LoopHandler:
         name: str,
         handler: Callable[[Event[Any]], Awaitable[object]],
         loop: asyncio.AbstractEventLoop,
+        key: KeyFunction | None = None,
     ) -> None:
         self._bus = bus
+        self._key = key
         self._name = name
         self._loop = loop
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -135,6 +165,8 @@ class LoopHandler:
 
     def start(self, batch: list[tuple[int, Event[Any]]]) -> None:
         """Run the handler in a task of its own for each event."""
+        if self._key is not None:
+            batch = self._tell_keys(batch, self._key)
         started = 0
         task_of = self._task_maker()
         try:
@@ -145,6 +177,16 @@ class LoopHandler:
         except BaseException:
             self.reporter.abandoned([job for job, _ in batch[started:]])
             raise
+
+    def _tell_keys(self, batch: list[tuple[int, Event[Any]]], key: KeyFunction) -> list[tuple[int, Event[Any]]]:
+        """Answer the jobs that only ask for a key; the rest are to be run."""
+        run = []
+        for job, event in batch:
+            if event.delivery is not None and event.delivery.attempt == 0:
+                self._context.copy().run(tell_key, self.reporter, job, key, event)
+            else:
+                run.append((job, event))
+        return run
 
     def _task_maker(self) -> Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]:
         loop, name, context = self._loop, self._name, self._context
@@ -306,14 +348,24 @@ class ThreadHandler:
     concurrency: int = 0
     gone = False
 
-    def __init__(self, bus: _native.NativeBus, handler: Handler, loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(
+        self,
+        bus: _native.NativeBus,
+        handler: Handler,
+        loop: asyncio.AbstractEventLoop | None,
+        key: KeyFunction | None = None,
+    ) -> None:
         self._bus = bus
+        self._key = key
         self._handler = handler
         self._loop = None if loop is None else weakref.ref(loop)
         self.subscription: _native.NativeSubscription | None = None
 
     def run(self, job: int, event: Event[Any]) -> None:
         """Call the function and say what came of it."""
+        if self._key is not None and event.delivery is not None and event.delivery.attempt == 0:
+            contextvars.copy_context().run(tell_key, self.reporter, job, self._key, event)
+            return
         try:
             result = contextvars.copy_context().run(self._call, event)
             if inspect.isawaitable(result):

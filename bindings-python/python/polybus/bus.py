@@ -232,7 +232,8 @@ class Bus:
         """Publish an event, and return when it is as safe as the transport makes it.
 
         `delay` and `expires_in` are seconds: not delivered before, and not after. `raw` is a payload that is JSON text
-        already. With `mode="sync"`, run this process's matching handlers in order of subscription and raise
+        already. An `idempotency_key` that was published on this bus before, within its `idempotency_window`, stores nothing:
+        the receipt says `duplicate` and names the first event. With `mode="sync"`, run this process's matching handlers in order of subscription and raise
         `HandlerError` with the first failure; nothing goes to the transport.
 
         Errors: `InvalidEvent`, `PayloadTooLarge`, `BusClosed`, `PublishTimeout` (nothing stored), `PublishUnknown`
@@ -334,6 +335,7 @@ class Bus:
         checked = _handlers.check(handler)
         if options.get("name") is None:
             options = {**options, "name": _handlers.name_of(handler)}
+        _handlers.key_function(options)
         name, concurrency = self._native.check_subscription(pattern, options)
         return checked, options, name, concurrency
 
@@ -376,7 +378,9 @@ class Bus:
     ) -> tuple[_native.Operation, Callable[..., Any]]:
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
-        runner = bridge.handlers[number] = LoopHandler(self._native, options["name"], handler, loop)
+        runner = bridge.handlers[number] = LoopHandler(
+            self._native, options["name"], handler, loop, _handlers.key_function(options)
+        )
         handlers = weakref.ref(bridge)
 
         def ended() -> None:
@@ -400,7 +404,7 @@ class Bus:
                 self._pool = ThreadPool()
             pool = self._pool
         number = next(_handlers.numbers)
-        runner = ThreadHandler(self._native, handler, loop)
+        runner = ThreadHandler(self._native, handler, loop, _handlers.key_function(options))
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(

@@ -5,6 +5,7 @@
 //!   log      the last events, for groups that start at the beginning      bounded ring
 //!   delayed  published with a delay, by due time
 //!   dead     dead letters, by id
+//!   seen     idempotency keys of what was published                       bounded
 //!   groups   each: ready ──take──► leased ──settle──► gone, waiting (by due time), or dead
 //!                    ▲                                   │
 //!                    └───────────────────────────────────┘
@@ -13,6 +14,8 @@
 //! fences, because a closed source's deliveries are handed to somebody else.
 
 mod group;
+mod marks;
+mod seen;
 mod store;
 
 use std::collections::HashMap;
@@ -20,10 +23,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::{
-    Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Result, Settings, Settlement, Source, Task,
-    Transport,
+    Begun, Capabilities, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Result, Settings, Settlement, Source,
+    Task, Transport,
 };
-use crate::clock::Clock;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::Error;
@@ -48,33 +50,35 @@ pub(super) fn open(name: &str, settings: &Settings) -> Result<Arc<dyn Transport>
             "memory:// loses everything with the process, and durability=\"required\" forbids that; use sqlite:///events.db",
         ));
     }
-    Ok(Arc::new(Memory::open(name, &settings.bus, settings.clock.clone())))
+    Ok(Arc::new(Memory::open(name, settings)))
 }
 
 /// A bus's hold on a store.
 pub struct Memory {
     store: Arc<Store>,
+    settings: Arc<Settings>,
     sources: Mutex<Vec<Weak<MemorySource>>>,
 }
 
 type Named = HashMap<(String, Text), Weak<Store>>;
 
 impl Memory {
-    fn open(name: &str, bus: &Text, clock: Clock) -> Self {
+    fn open(name: &str, settings: &Settings) -> Self {
+        let clock = settings.clock.clone();
         static NAMED: PerProcess<Mutex<Named>> = PerProcess::new();
         let store = if name.is_empty() {
             Arc::new(Store::new(clock))
         } else {
             let mut named = NAMED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
             named.retain(|_, store| store.strong_count() > 0);
-            let key = (name.to_owned(), bus.clone());
+            let key = (name.to_owned(), settings.bus.clone());
             named.get(&key).and_then(Weak::upgrade).unwrap_or_else(|| {
                 let store = Arc::new(Store::new(clock));
                 named.insert(key, Arc::downgrade(&store));
                 store
             })
         };
-        Self { store, sources: Mutex::default() }
+        Self { store, settings: Arc::new(settings.clone()), sources: Mutex::default() }
     }
 }
 
@@ -89,6 +93,8 @@ impl Transport for Memory {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 
@@ -104,8 +110,13 @@ impl Transport for Memory {
     }
 
     fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
+        let (store, settings) = (self.store.clone(), self.settings.clone());
+        Box::pin(async move { store.publish(batch, timeout, |event| settings.once(event)).await })
+    }
+
+    fn repeat(&self, batch: Vec<Outgoing>) -> Task<Result<Vec<Receipt>>> {
         let store = self.store.clone();
-        Box::pin(async move { store.publish(batch, timeout).await })
+        Box::pin(async move { store.publish(batch, Duration::ZERO, |_| None).await })
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
@@ -186,6 +197,10 @@ impl Source for MemorySource {
 
     fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>> {
         Box::pin(std::future::ready(Ok(self.store.settle(&self.group, settlements))))
+    }
+
+    fn begin(&self, wanted: Vec<(Lease, Text)>, keep: Duration) -> Task<Result<Vec<Begun>>> {
+        Box::pin(std::future::ready(Ok(self.store.begin(&self.group, wanted, keep))))
     }
 
     fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>> {

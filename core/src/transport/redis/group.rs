@@ -178,6 +178,8 @@ pub(super) async fn delete(partitions: &[Arc<Partition>], group: &str) -> Result
             &own.held,
             &own.work,
             &own.dead,
+            &own.marks,
+            &own.handling,
         ]);
         command.arg(group);
         let answer = partition.work.script(&scripts::DELETE, &command, partition.patience()).await?;

@@ -118,6 +118,7 @@ impl Member {
             attempt: u32::try_from(count).unwrap_or(u32::MAX),
             first_failed: None,
             until: sent + self.lease,
+            mark: None,
         };
         self.hold.add(held, self.max_payload, codec_name.as_deref());
     }
@@ -148,6 +149,7 @@ impl Member {
                 attempt: u32::try_from(value::number(attempt)?).unwrap_or(u32::MAX),
                 first_failed: value::text(failed)?.parse().ok(),
                 until: sent + self.lease,
+                mark: None,
             };
             self.hold.add(held, self.max_payload, None);
         }

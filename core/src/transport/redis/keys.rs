@@ -25,6 +25,10 @@ pub(super) struct GroupKeys {
     /// The events and facts of both.
     pub work: String,
     pub dead: String,
+    /// Keys that idempotent subscriptions handle or have handled, by the time at which they are forgotten.
+    pub marks: String,
+    /// Who handles a key.
+    pub handling: String,
 }
 
 impl Keys {
@@ -58,9 +62,21 @@ impl Keys {
         self.parts.as_ref().map(|(key, count)| (key.as_str(), *count))
     }
 
+    /// What was published under an idempotency key.
+    pub fn seen(&self, key: &str) -> String {
+        format!("{}:seen:{key}", self.prefix)
+    }
+
     pub fn group(&self, group: &str) -> GroupKeys {
         let key = |name: &str| format!("{}:{name}:{group}", self.prefix);
-        GroupKeys { retry: key("retry"), held: key("held"), work: key("work"), dead: key("dead") }
+        GroupKeys {
+            retry: key("retry"),
+            held: key("held"),
+            work: key("work"),
+            dead: key("dead"),
+            marks: key("marks"),
+            handling: key("handling"),
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! | [`address`], [`link`], [`fault`], [`value`] | from the URL to a connection that comes back; what errors and answers mean |
 //! | [`keys`], [`scripts`] | the names of the keys; the atomic steps inside the server |
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
-//! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
+//! | [`publish`], [`member`], [`intake`], [`hold`], [`marks`], [`settle`], [`source`] | the way of an event, in this order |
 //! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
@@ -25,6 +25,7 @@ mod hold;
 mod intake;
 mod keys;
 mod link;
+mod marks;
 mod member;
 mod partition;
 mod probe;
@@ -155,7 +156,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, batch, deadline).await
+        publish::publish(&self.partitions, batch, deadline, &self.settings).await
     }
 
     async fn close(&self) {
@@ -234,6 +235,8 @@ impl Transport for Redis {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 

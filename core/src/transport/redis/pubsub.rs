@@ -77,6 +77,11 @@ pub(in crate::transport) fn open(rest: &str, settings: Settings) -> Task<Result<
                 "redis+pubsub:// keeps nothing, and the options demand that it does; use redis://",
             ));
         }
+        if settings.idempotency_window.is_some_and(|window| !window.is_zero()) {
+            return Err(Error::unsupported(
+                "redis+pubsub:// keeps nothing, not even the keys of what was published; leave out the idempotency window, or use redis://",
+            ));
+        }
         let server = Arc::new(Server::new(address?));
         let prefix = format!("polybus:{{{}}}:", settings.bus);
         let link = Link::new(server.clone(), prefix.clone());
@@ -135,7 +140,7 @@ impl Shared {
         for Outgoing { event, .. } in &batch {
             let channel = format!("{}{}", self.prefix, event.event_type);
             commands.cmd("PUBLISH").arg(channel).arg(codec::encode(event)?);
-            receipts.push(Receipt { id: event.meta.id.clone(), position: None });
+            receipts.push(Receipt { id: event.meta.id.clone(), position: None, duplicate: false });
         }
         if atomic {
             commands.cmd("EXEC");
@@ -374,6 +379,8 @@ impl Transport for PubSub {
             dead_letters: false,
             start_position: false,
             broadcast: true,
+            idempotent: false,
+            publish_dedupe: false,
         }
     }
 

@@ -6,7 +6,7 @@
 //! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
-//! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`publish`], [`claim`], [`marks`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
 //! | [`source`], [`broadcast`] | the two kinds of subscription |
 //!
 //! The tables, and so the data structures, are described in [`schema`]; the life of a transaction in [`writer`].
@@ -26,6 +26,7 @@ mod group;
 mod guard;
 mod job;
 mod lock;
+mod marks;
 mod publish;
 mod retention;
 mod schema;
@@ -153,7 +154,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = tokio::time::Instant::now() + timeout.min(FOR_EVER);
-        let (rows, bytes) = publish::encode(&batch)?;
+        let (rows, bytes) = publish::encode(&batch, &self.settings)?;
         drop(batch);
         let (bus, count) = (self.bus, rows.len());
         let insert = move |tx: &rusqlite::Connection| Ok(Made::ring(publish::insert(tx, bus, &rows)?));
@@ -230,6 +231,8 @@ impl Transport for Sqlite {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 

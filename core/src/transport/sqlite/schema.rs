@@ -11,6 +11,9 @@
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).
 //! * `polybus_dead`: dead letters.
+//! * `polybus_marks`: keys of idempotent subscriptions. Without `until`: being handled by the delivery `seq` under `token`, as
+//!   long as that is leased. With it: handled, and remembered until then.
+//! * `polybus_published`: idempotency keys of what was published, and the first event under each.
 //!
 //! Times are milliseconds, wall clock unless said otherwise.
 
@@ -54,6 +57,18 @@ CREATE TABLE polybus_dead(id INTEGER PRIMARY KEY AUTOINCREMENT, bus INTEGER NOT 
   last_failed_at INTEGER NOT NULL, subscription TEXT NOT NULL, reason TEXT NOT NULL, replayed_from INTEGER);
 CREATE INDEX polybus_dead_group ON polybus_dead(group_id);
 ";
+
+/// Tables that came later. A version that does not know them leaves them alone, so they are made where they are missing.
+const LATER: &str = "
+CREATE TABLE IF NOT EXISTS polybus_marks(group_id INTEGER NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL,
+  token INTEGER NOT NULL, since INTEGER NOT NULL, until INTEGER, PRIMARY KEY(group_id, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS polybus_marks_until ON polybus_marks(until) WHERE until IS NOT NULL;
+CREATE TABLE IF NOT EXISTS polybus_published(bus INTEGER NOT NULL, key TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER,
+  until INTEGER NOT NULL, PRIMARY KEY(bus, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS polybus_published_until ON polybus_published(until);
+";
+/// How many tables and indexes of ours [`LATER`] makes.
+const LATER_COUNT: i32 = 4;
 
 /// Refuses a SQLite that may damage the file.
 pub(super) fn check_library() -> Result<()> {
@@ -114,6 +129,9 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
     let boot = clock::boot_id();
     let known: Option<String> = if fresh { None } else { meta(connection, "boot_id")? };
     if known.as_deref() == Some(&boot) {
+        if !has_later(connection)? {
+            connection.execute_batch(&format!("BEGIN IMMEDIATE; {LATER} COMMIT;"))?;
+        }
         return Ok(());
     }
     let tx = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
@@ -122,10 +140,21 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
         tx.pragma_update(None, "application_id", APPLICATION_ID)?;
         tx.pragma_update(None, "user_version", VERSION)?;
     }
+    tx.execute_batch(LATER)?;
     tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('boot_id', ?1)", [&boot])?;
     tx.execute("UPDATE polybus_owners SET lease_until = 0", [])?;
     tx.commit()?;
     Ok(())
+}
+
+fn has_later(connection: &Connection) -> Result<bool> {
+    let count: i32 = connection.query_row(
+        "SELECT count(*) FROM sqlite_schema WHERE name IN
+         ('polybus_marks', 'polybus_marks_until', 'polybus_published', 'polybus_published_until')",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(count == LATER_COUNT)
 }
 
 fn meta(connection: &Connection, key: &str) -> Result<Option<String>> {

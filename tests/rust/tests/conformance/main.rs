@@ -4,6 +4,7 @@
 
 mod delivery;
 mod lifecycle;
+mod once;
 mod publishing;
 mod trouble;
 
@@ -48,6 +49,7 @@ fn run() -> Conclusion {
         ("delivery", delivery::ALL),
         ("trouble", trouble::ALL),
         ("lifecycle", lifecycle::ALL),
+        ("once", once::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
