@@ -81,7 +81,7 @@ KeyFunction = Callable[["Event[Any]"], object]
 
 def key_function(options: dict[str, Any]) -> KeyFunction | None:
     """The function that tells the keys of an idempotent subscription, if one was given."""
-    key = options.get("idempotent")
+    key: KeyFunction | None = options.get("idempotent")
     if not callable(key):
         return None
     if is_async(key):

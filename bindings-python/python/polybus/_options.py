@@ -85,8 +85,8 @@ class SubscribeOptions(TypedDict, total=False):
     dead_letter: bool
     """Keep what cannot be handled. Default true; otherwise it is logged and dropped."""
     idempotent: bool | Callable[[Event[Any]], str | int | None]
-    """Handle events of one key once, in the whole group. ``True``: the event's ``idempotency_key``, or its id where it has
-    none. A plain function tells the key; where it returns ``None``, the event's own counts. Default false."""
+    """Handle events of one key once, in the whole group. ``True``: the event's ``idempotency_key``, or its id where it
+    has none. A plain function tells the key; where it returns ``None``, the event's own counts. Default false."""
     idempotent_retention: Seconds
     """How long a handled key is remembered. Default: 7 days."""
 

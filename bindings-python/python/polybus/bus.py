@@ -232,9 +232,10 @@ class Bus:
         """Publish an event, and return when it is as safe as the transport makes it.
 
         `delay` and `expires_in` are seconds: not delivered before, and not after. `raw` is a payload that is JSON text
-        already. An `idempotency_key` that was published on this bus before, within its `idempotency_window`, stores nothing:
-        the receipt says `duplicate` and names the first event. With `mode="sync"`, run this process's matching handlers in order of subscription and raise
-        `HandlerError` with the first failure; nothing goes to the transport.
+        already. An `idempotency_key` that was published on this bus before, within its `idempotency_window`, stores
+        nothing: the receipt says `duplicate` and names the first event. With `mode="sync"`, run this process's matching
+        handlers in order of subscription and raise `HandlerError` with the first failure; nothing goes to the
+        transport.
 
         Errors: `InvalidEvent`, `PayloadTooLarge`, `BusClosed`, `PublishTimeout` (nothing stored), `PublishUnknown`
         (perhaps stored), `ConnectionFailed`, `BufferFull`. Cancelling the call does not take the event back.
