@@ -45,7 +45,7 @@ for (const transport of ['sqlite', 'redis'].filter((name) => transports.includes
     /** Buses of one name that no other test has. */
     const place = () => {
       const bus = randomUUID()
-      const url = server?.url ?? `sqlite://${join(folder, `${bus}.db`)}`
+      const url = server?.url ?? `sqlite:///${join(folder, `${bus}.db`)}`
       return (options: Partial<BusOptions> = {}) => {
         const retry = { maxRetries: 3, initialDelayMs: 5, jitter: 'none' } as const
         open.push(new Bus(url, { service: 'shop', bus, retry, ...options }))
@@ -106,10 +106,10 @@ for (const transport of ['sqlite', 'redis'].filter((name) => transports.includes
           },
         },
       )
-      await bus.publish('x')
+      await bus.publish('x', null)
       await until(() => attempts.length === 2)
       assert.deepEqual(attempts, [3, 4])
-      await bus.publish('x') // under another key
+      await bus.publish('x', null) // under another key
       await until(() => attempts.length === 3)
       assert.equal((await subscription.stats()).failed, 3)
     })
