@@ -244,6 +244,7 @@ impl Bus {
         options: SubscribeOptions,
     ) -> Result<Subscription> {
         let pattern = Pattern::new(pattern)?;
+        options.check()?;
         let bus = &self.0.options;
         let name: Text = options.name.as_str().into();
         let group: Text = options.group_for(&bus.service).into();

@@ -236,7 +236,8 @@ impl SubscribeOptions {
         Self { name: name.into(), ..Self::default() }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Options that exclude each other.
+    pub(crate) fn check(&self) -> Result<()> {
         if self.broadcast && self.idempotent.is_some() {
             return Err(Error::invalid_config(
                 "a broadcast has no group that could remember what it handled: leave out idempotent, or broadcast",
