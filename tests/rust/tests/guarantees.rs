@@ -23,6 +23,8 @@ fn words(capability: &str) -> &'static str {
         "dead_letters" => "dead letters: list, replay, purge",
         "start_position" => "a new group starts at the beginning or at a time",
         "broadcast" => "`broadcast`: a copy for each process",
+        "idempotent" => "`idempotent`: a key is handled once",
+        "publish_dedupe" => "an `idempotency_key` is published once",
         other => panic!("say in docs/guarantees.md what {other} is: add it to {}", file!()),
     }
 }
