@@ -24,6 +24,8 @@ export declare class Bridge {
   reply(subscription: number, job: number, payload: string): void
   /** Reports a job that failed, with the code of the error if it was one of ours. `kind`: 0 failed, 1 try again after `after_ms`, 2 rejected, 3 abandoned. */
   fail(subscription: number, job: number, kind: number, afterMs: number, name: string, message: string, stack: string, code?: string | undefined | null): void
+  /** Reports a job that was only asked for the key of its event; none: the one that the event carries. */
+  tellKey(subscription: number, job: number, key?: string | undefined | null): void
   /** The log records that wait, oldest first: pairs of level and message. */
   takeLogs(): Array<string>
   /** Logs `level` (`debug`, `info` or `warn`) and above. */

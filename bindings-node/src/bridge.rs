@@ -256,6 +256,12 @@ impl Bridge {
         self.report(subscription, [(job as u64, outcome)]);
     }
 
+    /// Reports a job that was only asked for the key of its event; none: the one that the event carries.
+    #[napi]
+    pub fn tell_key(&self, subscription: u32, job: f64, key: Option<String>) {
+        self.report(subscription, [(job as u64, Outcome::Key(key.map(Into::into)))]);
+    }
+
     fn report(&self, subscription: u32, outcomes: impl IntoIterator<Item = (u64, Outcome)>) {
         let handler = lock(&self.0.subscriptions).get(&subscription).map(|held| held.handler.clone());
         if let Some(handler) = handler {

@@ -221,6 +221,8 @@ impl NativeBus {
                     "broadcast": can.broadcast,
                     "ordered": can.ordered,
                     "request": can.request,
+                    "idempotent": can.idempotent,
+                    "publishDedupe": can.publish_dedupe,
                 },
             })
             .to_string())
@@ -387,9 +389,10 @@ fn receipts_text(receipts: &[Receipt]) -> String {
         let comma = if index == 0 { "" } else { "," };
         let id = Value::from(&*receipt.id);
         // Writing into a String cannot fail.
+        let duplicate = if receipt.duplicate { ",\"duplicate\":true" } else { "" };
         let _ = match receipt.position.as_deref().map(Value::from) {
-            Some(position) => write!(text, "{comma}{{\"id\":{id},\"position\":{position}}}"),
-            None => write!(text, "{comma}{{\"id\":{id}}}"),
+            Some(position) => write!(text, "{comma}{{\"id\":{id},\"position\":{position}{duplicate}}}"),
+            None => write!(text, "{comma}{{\"id\":{id}{duplicate}}}"),
         };
     }
     text.push(']');
@@ -422,6 +425,7 @@ fn stats_value(subscription: &Subscription, group: Option<GroupStats>) -> Value 
         "dropped": count(|c| &c.dropped),
         "released": count(|c| &c.released),
         "timedOut": count(|c| &c.timed_out),
+        "duplicates": count(|c| &c.duplicates),
         "leasesLost": count(|c| &c.leases_lost),
         "breaker": subscription.breaker().map(polybus_core::breaker::Phase::as_str),
         "busyMs": count(|c| &c.busy_micros) as f64 / 1000.0,

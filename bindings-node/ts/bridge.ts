@@ -100,6 +100,8 @@ export class Runner {
   /** Set when the subscription is made, like the next. */
   group = ''
   timeoutMs: number | null = null
+  /** Tells the key of an event, in a subscription that asks for it. */
+  key: ((event: Received) => unknown) | undefined
   readonly jobs = new Map<number, Context>()
   /** A batch that has not come over completely. */
   gathering: Gathering | undefined
@@ -240,7 +242,8 @@ export class Bridge {
             numbers[at + 4] as number,
           )
           const more = numbers[at + 9] as number
-          if (more === 0) this.#run(runner, event, new Context(runner, job))
+          if (numbers[at + 2] === 0) this.#tellKey(runner, job, event)
+          else if (more === 0) this.#run(runner, event, new Context(runner, job))
           else this.#gather(runner, job, event, more)
         }
         start = end
@@ -281,6 +284,19 @@ export class Bridge {
     this.release()
     if (ok) waiting.resolve(text)
     else waiting.reject(new Failed(text))
+  }
+
+  /** The core asks for the key of an event, and hands out the event again if it is to be handled. */
+  #tellKey(runner: Runner, job: number, event: Received): void {
+    try {
+      const key = new AsyncResource('PolybusKey', MANUAL).runInAsyncScope(() => runner.key?.(event))
+      if (key === undefined || key === null) this.#native.tellKey(runner.id, job)
+      else if (isKey(key)) this.#native.tellKey(runner.id, job, String(key))
+      else throw new TypeError(`idempotent told a key that is ${kindOf(key)}; return a string, an integer, or nothing`)
+    } catch (error) {
+      const { name, message, stack } = failureOf(error)
+      this.#native.fail(runner.id, job, FAILED, 0, name, message, stack)
+    }
   }
 
   /** One of a batch, of which `more` are still to come, this one included. */
@@ -399,6 +415,13 @@ function batchOutcomes(events: readonly Received[], error: unknown): ({ error: u
   const message = `BatchFailed names ${JSON.stringify(unknown)}, which is no event of the batch: name them by event.meta.id`
   const rest = unknown === undefined ? undefined : { error: new TypeError(message) }
   return events.map(({ meta: { id } }) => (error.errors.has(id) ? { error: error.errors.get(id) } : rest))
+function isKey(key: unknown): boolean {
+  return typeof key === 'string' || typeof key === 'bigint' || Number.isSafeInteger(key)
+}
+
+function kindOf(key: unknown): string {
+  if (typeof key === 'number') return 'not a whole number'
+  return isThenable(key) ? 'a promise' : `of type ${typeof key}`
 }
 
 /** The lowest level that `logger` wants; debug only if it says so, as pino does. */

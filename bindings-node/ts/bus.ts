@@ -77,6 +77,11 @@ export interface BusOptions {
   maxEvents?: number
   /** Where a publish to a server must have arrived before it returns. Default `memory`: in the server. */
   confirm?: 'memory' | 'disk' | 'replica'
+  /**
+   * How long the `idempotencyKey` of a published event is remembered: another publish with it is absorbed, and its receipt
+   * says `duplicate`. 0 turns it off. Default 1 h; not on `redis+pubsub`.
+   */
+  idempotencyWindowMs?: number
   /** Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1. */
   partitions?: number
   /** Open a file on a network file system. Default false. */
@@ -344,6 +349,9 @@ export class Bus<E extends object = AnyEvents> {
       throw new InvalidConfig('the handler has no name; pass one, like { name: "audit" }: it names the durable group')
     }
     if (options.start instanceof Date) options.start = options.start.getTime()
+    if (typeof options.idempotent === 'string') {
+      throw new InvalidConfig('idempotent is a string; give true, or a function that tells the key of an event')
+    }
     call(() => bridge().native.checkSubscription(pattern, optionsText(options, 'subscription')))
     return { pattern, handler: handler as Handler, options, name: options.name }
   }
@@ -364,6 +372,7 @@ export class Bus<E extends object = AnyEvents> {
       if (old.pattern === pattern && old.options === text) {
         old.handler = handler
         runner.handler = this.#wired(handler, runner.takesBatches)
+        if (typeof options.idempotent === 'function') runner.key = options.idempotent
         old.onEnd = onEnd
         return await made
       }
@@ -373,6 +382,7 @@ export class Bus<E extends object = AnyEvents> {
     const answers = (options as Answering).respond === true
     const batches = takesBatches(options)
     const runner = home.runner(options.name as string, this.#wired(handler, batches), answers, batches)
+    if (typeof options.idempotent === 'function') runner.key = options.idempotent
     const live: Live = {
       runner,
       handler,

@@ -65,6 +65,13 @@ export type WithBatch = SubscribeOptions & { batch: BatchOptions | true }
 /** Whether these are the options of a handler of batches. */
 export function takesBatches({ batch = false }: SubscribeOptions): boolean {
   return batch !== false && batch !== null
+  /**
+   * Handle events of one key once, in the whole group. `true`: the event's `idempotencyKey`, or its id where it has none.
+   * A function, not an async one, tells the key; where it returns nothing, the event's own counts. Default false.
+   */
+  idempotent?: boolean | ((event: Received) => string | number | bigint | null | undefined)
+  /** How long a handled key is remembered. Default 7 days. */
+  idempotentRetentionMs?: number
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */
@@ -93,6 +100,8 @@ export interface SubscriptionStats {
   readonly dropped: number
   readonly released: number
   readonly timedOut: number
+  /** Absorbed by an idempotent subscription, because their key was handled before. */
+  readonly duplicates: number
   readonly leasesLost: number
   /** Where the breaker stands; `null` without one. */
   readonly breaker: 'closed' | 'open' | 'half_open' | null

@@ -11,6 +11,11 @@ export interface Receipt {
   readonly id: string
   /** Position in the transport's log; absent while it is delayed, and for a synchronous publish. */
   readonly position?: string
+  /**
+   * True when nothing was stored, because an event with this idempotency key was published before: `id` and `position`
+   * are that one's. Absent otherwise.
+   */
+  readonly duplicate?: boolean
 }
 
 /** What holds on the live store, as measured. */
@@ -34,6 +39,10 @@ export interface Guarantees {
     readonly broadcast: boolean
     readonly ordered: boolean
     readonly request: boolean
+    /** Subscriptions can handle events of one key once. */
+    readonly idempotent: boolean
+    /** A publish with an idempotency key that was published before is absorbed. */
+    readonly publishDedupe: boolean
   }
 }
 

@@ -389,6 +389,12 @@ impl Reporter {
         self.report([(job, outcome)]);
     }
 
+    /// This job was only asked for the key of its event; `None`: the one that the event carries.
+    #[pyo3(signature = (job, key))]
+    fn key(&self, job: u64, key: Option<&str>) {
+        self.report([(job, Outcome::Key(key.map(Into::into)))]);
+    }
+
     /// This job refused its event.
     fn rejected(&self, job: u64, kind: String, message: String, stack: String) {
         self.report([(job, Outcome::Rejected(Failure::new(kind, message, stack)))]);

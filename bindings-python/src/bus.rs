@@ -27,9 +27,9 @@ pub struct PyReceipt(Receipt);
 #[pymethods]
 impl PyReceipt {
     #[new]
-    #[pyo3(signature = (id, position=None))]
-    fn new(id: &str, position: Option<&str>) -> Self {
-        Self(Receipt { id: id.into(), position: position.map(Into::into) })
+    #[pyo3(signature = (id, position=None, duplicate=false))]
+    fn new(id: &str, position: Option<&str>, duplicate: bool) -> Self {
+        Self(Receipt { id: id.into(), position: position.map(Into::into), duplicate })
     }
 
     /// The event's id.
@@ -44,13 +44,20 @@ impl PyReceipt {
         self.0.position.as_deref()
     }
 
+    /// Whether an event with the same idempotency key was published before; `id` and `position` are that one's.
+    #[getter]
+    fn duplicate(&self) -> bool {
+        self.0.duplicate
+    }
+
     fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
         other.cast::<Self>().is_ok_and(|other| other.get().0 == self.0)
     }
 
     fn __repr__(&self) -> String {
         let position = self.0.position.as_ref().map_or("None".to_owned(), |position| format!("{position:?}"));
-        format!("Receipt(id={:?}, position={position})", self.0.id)
+        let duplicate = if self.0.duplicate { ", duplicate=True" } else { "" };
+        format!("Receipt(id={:?}, position={position}{duplicate})", self.0.id)
     }
 }
 
@@ -258,6 +265,8 @@ impl PyBus {
             facts.set_item("broadcast", can.broadcast)?;
             facts.set_item("ordered", can.ordered)?;
             facts.set_item("request", can.request)?;
+            facts.set_item("idempotent", can.idempotent)?;
+            facts.set_item("publish_dedupe", can.publish_dedupe)?;
             let details = PyDict::new(py);
             for (name, value) in found.details {
                 details.set_item(name, value)?;
@@ -438,6 +447,7 @@ fn numbers(py: Python<'_>, subscription: &Subscription, group: Option<GroupStats
         ("dropped", &counters.dropped),
         ("released", &counters.released),
         ("timed_out", &counters.timed_out),
+        ("duplicates", &counters.duplicates),
         ("leases_lost", &counters.leases_lost),
         ("running", &counters.running),
         ("buffered", &counters.buffered),

@@ -4,17 +4,17 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use polybus_core::RetryPolicy;
 use polybus_core::config;
 use polybus_core::error::nearest;
 use polybus_core::options::Naming;
 use polybus_core::retry::Jitter;
-use polybus_core::{Error, RetryPolicy};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDelta, PyDict, PyFloat, PyInt, PyString};
 
-use crate::error::{invalid_config, raise, to_py};
+use crate::error::{invalid_config, raise};
 use crate::json;
 
 /// How a value becomes JSON.
@@ -28,11 +28,11 @@ enum Kind {
     Retry,
     /// A dict with options of its own, or a flag. What is not known the core names.
     Members(&'static Options),
-    /// Promised, not there yet.
-    Later,
+    /// A bool, or a function that tells the key of an event.
+    Key,
 }
 
-use Kind::{Later, Members, Plain, Retry, Seconds, Time};
+use Kind::{Key, Members, Plain, Retry, Seconds, Time};
 
 /// The options of one call: what they belong to, and their names.
 pub struct Options {
@@ -60,6 +60,7 @@ pub const BUS: Options = Options {
         ("max_age", Seconds),
         ("max_events", Plain),
         ("confirm", Plain),
+        ("idempotency_window", Seconds),
         ("partitions", Plain),
         ("allow_network_fs", Plain),
         ("on_duplicate", Plain),
@@ -82,7 +83,8 @@ pub const SUBSCRIBE: Options = Options {
         ("dead_letter", Plain),
         ("respond", Plain),
         ("batch", Members(&BATCH)),
-        ("idempotent", Later),
+        ("idempotent", Key),
+        ("idempotent_retention", Seconds),
         ("breaker", Members(&BREAKER)),
     ],
 };
@@ -134,8 +136,7 @@ impl Options {
             let Some((_, kind)) = self.known.iter().find(|(known, _)| *known == name) else {
                 return Err(self.unknown(name));
             };
-            let off = matches!(kind, Later) && !value.is_truthy()?;
-            if value.is_none() || off {
+            if value.is_none() {
                 continue;
             }
             kind.write(&mut out, py, name, &value)?;
@@ -209,9 +210,14 @@ impl Kind {
                 )),
             },
             Members(options) if value.is_instance_of::<PyDict>() => options.members(name, value.cast::<PyDict>()?),
-            Later => {
-                Err(to_py(py, &Error::unsupported(format!("{name}= is not available in this version; leave it out"))))
-            }
+            Key if value.is_callable() => Ok("\"function\"".to_owned()),
+            Key if !value.is_instance_of::<PyBool>() => Err(invalid_config(
+                py,
+                format!(
+                    "{name} is a {}; give True, or a function that tells the key of an event",
+                    json::type_name(value)
+                ),
+            )),
             _ => json::encode(value, name, 8).and_then(|json| Ok(String::from_utf8(json)?)).map_err(|_| {
                 invalid_config(py, format!("{name} is a {}; that is no value for it", json::type_name(value)))
             }),

@@ -68,6 +68,7 @@ async fn run() -> Result<(), Failure> {
     let settings = Settings {
         publish_buffer_bytes: None,
         when_full: Default::default(),
+        idempotency_window: None,
         bus: format!("bench-{}", std::process::id()).into(),
         durability: Durability::Off,
         retention: None,

@@ -80,6 +80,7 @@ async fn open(url: &str) -> Result<Arc<dyn Transport>, Failure> {
         max_age: None,
         max_events: None,
         confirm: Confirm::Memory,
+        idempotency_window: None,
         partitions: None,
         max_payload_bytes: 1 << 20,
         publish_buffer_bytes: None,

@@ -29,6 +29,7 @@ async fn open(path: &Path, durability: Durability) -> Result<Arc<dyn Transport>>
         max_age: None,
         max_events: None,
         confirm: Confirm::Memory,
+        idempotency_window: None,
         partitions: None,
         max_payload_bytes: 1 << 20,
         publish_buffer_bytes: None,

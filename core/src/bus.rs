@@ -12,12 +12,12 @@ use tokio::sync::{OnceCell, watch};
 use crate::clock::Clock;
 use crate::codec;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
-use crate::dispatch::{Dispatcher, Rules};
+use crate::dispatch::{Dispatcher, Once, Rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventType, Meta, Text};
 use crate::handler::Handler;
 use crate::metrics::{Ledger, Origin};
-use crate::options::{BusOptions, SubscribeOptions};
+use crate::options::{BusOptions, IDEMPOTENT_RETENTION, SubscribeOptions};
 use crate::pattern::Pattern;
 use crate::process::{self, PerProcess};
 use crate::request::{self, Desk};
@@ -50,6 +50,7 @@ struct State {
     published: AtomicU64,
     publish_failed: AtomicU64,
     requests: Arc<request::Counts>,
+    publish_duplicates: AtomicU64,
     by_origin: Ledger<u64>,
     sample: Mutex<Sample>,
 }
@@ -106,6 +107,7 @@ impl Bus {
             published: AtomicU64::new(0),
             publish_failed: AtomicU64::new(0),
             requests: Arc::default(),
+            publish_duplicates: AtomicU64::new(0),
             by_origin: Ledger::default(),
             sample: Mutex::default(),
         })
@@ -154,7 +156,8 @@ impl Bus {
     }
 
     /// Stores the events in order, whole or not at all, and returns when they are as safe as the transport makes
-    /// them. Fills in source and instance where the events have none.
+    /// them. Fills in source and instance where the events have none. An event whose idempotency key was published before,
+    /// within [`BusOptions::idempotency_window`], is not stored again: its receipt says `duplicate`.
     ///
     /// `BusClosed`, `PublishTimeout` (nothing stored), `PublishUnknown` (perhaps stored), `ConnectionFailed`,
     /// `BufferFull`, `PayloadTooLarge`. With `fail_open`, failures of the transport are logged and counted instead.
@@ -171,8 +174,13 @@ impl Bus {
             let message = format!("event {index} of {}: {}; nothing was published", batch.len(), first.message());
             return Err(Error::new(kind, message).during("publish").listing(failures));
         }
-        self.duplicate(&mut batch);
-        let tally = Origin::tally(batch.iter().map(|outgoing| &outgoing.event));
+        let copies = self.duplicate(&batch);
+        // One by one where some may be absorbed, and then not counted.
+        let singly = batch.iter().any(|outgoing| outgoing.event.meta.idempotency_key.is_some());
+        let tally = match singly {
+            true => batch.iter().map(|outgoing| (Origin::of(&outgoing.event), 1)).collect(),
+            false => Origin::tally(batch.iter().map(|outgoing| &outgoing.event)),
+        };
         let events: Vec<Event> = match &self.0.kit {
             Some(_) => batch.iter().map(|outgoing| outgoing.event.clone()).collect(),
             None => Vec::new(),
@@ -185,12 +193,21 @@ impl Bus {
         let published = async { self.open().await?.publish(batch, self.0.options.publish_timeout).await };
         match published.await {
             Ok(receipts) => {
-                self.state().published.fetch_add(count, Ordering::Relaxed);
-                for (origin, more) in tally {
-                    self.state().by_origin.change(origin, |count| *count += more);
+                let duplicates = receipts.iter().filter(|receipt| receipt.duplicate).count() as u64;
+                self.state().published.fetch_add(count - duplicates, Ordering::Relaxed);
+                self.state().publish_duplicates.fetch_add(duplicates, Ordering::Relaxed);
+                for (index, (origin, more)) in tally.into_iter().enumerate() {
+                    if !singly || receipts.get(index).is_some_and(|receipt| !receipt.duplicate) {
+                        self.state().by_origin.change(origin, |count| *count += more);
+                    }
                 }
                 if let Some(kit) = &self.0.kit {
-                    kit.published.add(events);
+                    let stored = events.into_iter().zip(&receipts).filter(|(_, receipt)| !receipt.duplicate);
+                    kit.published
+                        .add(stored.map(|(event, _)| event).chain(copies.iter().map(|copy| copy.event.clone())));
+                }
+                if !copies.is_empty() {
+                    self.open().await?.repeat(copies).await?;
                 }
                 Ok(receipts)
             }
@@ -200,7 +217,7 @@ impl Bus {
                     return Err(error.during("publish"));
                 }
                 log::error!("{count} events were not published, fail_open is set: {error}");
-                Ok(ids.into_iter().map(|id| Receipt { id, position: None }).collect())
+                Ok(ids.into_iter().map(|id| Receipt { id, position: None, duplicate: false }).collect())
             }
         }
     }
@@ -218,11 +235,10 @@ impl Bus {
         Ok(())
     }
 
-    fn duplicate(&self, batch: &mut Vec<Outgoing>) {
-        if let Some(kit) = &self.0.kit {
-            let twice: Vec<_> = batch.iter().filter(|o| kit.faults.take_duplicate(&o.event)).cloned().collect();
-            batch.extend(twice);
-        }
+    /// What of `batch` is to be published twice.
+    fn duplicate(&self, batch: &[Outgoing]) -> Vec<Outgoing> {
+        let Some(kit) = &self.0.kit else { return Vec::new() };
+        batch.iter().filter(|outgoing| kit.faults.take_duplicate(&outgoing.event)).cloned().collect()
     }
 
     /// Joins a group and hands its events to `handler`. Once this resolves every later publish is seen.
@@ -241,6 +257,7 @@ impl Bus {
                 "ordered and broadcast exclude each other: a broadcast has no group whose processes could take turns; leave one of them out",
             ));
         }
+        options.check()?;
         let bus = &self.0.options;
         let concurrency = options.concurrency_on(bus);
         let size = options.batch.as_ref().map_or(1, |batch| batch.size);
@@ -289,11 +306,24 @@ impl Bus {
         };
         // Dropped on failure or cancellation: that ends the subscription and frees its name.
         let ending = EndGuard(ended_tx);
+        let keep = options.idempotent_retention.unwrap_or(IDEMPOTENT_RETENTION);
+        let retry = options.retry.clone().unwrap_or_else(|| bus.retry.clone());
+        if options.idempotent.is_some() && keep < retry.longest() + bus.lease {
+            log::warn!(
+                "subscription {name:?} remembers what it handled for {keep:?}, and an event may come again {:?} after its first attempt (retries and lease): remember it for longer",
+                retry.longest() + bus.lease
+            );
+        }
         let joined = async {
             let transport = self.transport(&session).await?;
             if spec.ordered && !transport.capabilities().ordered {
                 return Err(Error::unsupported(
                     "this transport keeps no order per partition key; leave ordered out, or use sqlite:// or redis://",
+                ));
+            }
+            if options.idempotent.is_some() && !transport.capabilities().idempotent {
+                return Err(Error::unsupported(
+                    "this transport remembers nothing, so it cannot tell what was handled before; leave idempotent out, or use redis:// or sqlite://",
                 ));
             }
             if options.respond {
@@ -324,6 +354,7 @@ impl Bus {
                 lease: bus.lease,
                 breaker: options.breaker,
                 batch: options.batch,
+                once: options.idempotent.map(|key| Once { key, keep }),
             },
             clock: self.0.clock.clone(),
             faults: self.0.kit.as_ref().map(|kit| kit.faults.clone()),
@@ -389,6 +420,11 @@ impl Bus {
     pub fn publish_counts(&self) -> (u64, u64) {
         let state = self.state();
         (state.published.load(Ordering::Relaxed), state.publish_failed.load(Ordering::Relaxed))
+    }
+
+    /// Publishes of this process that an event with the same idempotency key made needless.
+    pub fn publish_duplicates(&self) -> u64 {
+        self.state().publish_duplicates.load(Ordering::Relaxed)
     }
 
     /// Published by this process, by source and type.

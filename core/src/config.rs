@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 20] = [
+const OPTIONS: [(&str, Kind); 21] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -50,6 +50,7 @@ const OPTIONS: [(&str, Kind); 20] = [
     ("max_age", Kind::Duration),
     ("max_events", Kind::Number),
     ("confirm", Kind::Text),
+    ("idempotency_window", Kind::Duration),
     ("partitions", Kind::Number),
     ("allow_network_fs", Kind::Flag),
     ("on_duplicate", Kind::Text),

@@ -6,7 +6,7 @@
 //!     ▲                │  │  DeadLetter
 //!     │  Retry{after}  │  └──────────────────────► dead
 //!     └────────────────┘
-//!       Release, or the lease ran out
+//!       Release, Postpone{after}, or the lease ran out
 //! ```
 //! Settling consumes the delivery's [`Lease`]; whoever cannot show the current token gets `LeaseLost`.
 
@@ -154,4 +154,11 @@ pub enum Verdict {
     },
     /// Hand it back at once; the attempt does not count.
     Release,
+    /// Hand it back for later; the attempt does not count.
+    Postpone {
+        /// From now, by the transport's clock.
+        after: Duration,
+    },
+    /// Not handled, and not kept: gone as after `Ack`, but nobody may take it for handled.
+    Drop,
 }

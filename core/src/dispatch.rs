@@ -1,4 +1,4 @@
-//! The life of a delivery: take → permit → handler with deadline → policy → settle.
+//! The life of a delivery: take → permit → (key) → handler with deadline → policy → settle.
 //!
 //! One task for each subscription owns all of its state; the handler reports from anywhere. This is the only place
 //! that makes a verdict.
@@ -7,6 +7,7 @@ mod gate;
 mod launch;
 #[cfg(test)]
 mod tests;
+mod once;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,12 +17,14 @@ use std::time::Duration;
 use ahash::AHashMap;
 use tokio::sync::watch;
 
+pub(crate) use self::once::Once;
+use self::once::{Beginning, own_key};
 use crate::batch::{BatchOptions, Batches};
 use crate::breaker::{Breaker, BreakerOptions, Ended, Ticket};
 use crate::clock::Clock;
 use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{ErrorKind, Result};
-use crate::event::Event;
+use crate::event::{Event, Text};
 use crate::handler::{CancelReason, Handler, Outcome, Reporter};
 use crate::metrics::{Origin, Status};
 use crate::retry::{Jitter, RetryPolicy};
@@ -53,6 +56,8 @@ pub(crate) struct Rules {
     pub lease: Duration,
     pub breaker: Option<BreakerOptions>,
     pub batch: Option<BatchOptions>,
+    /// Events of one key are handled once.
+    pub once: Option<Once>,
 }
 
 pub(crate) struct Dispatcher {
@@ -72,6 +77,8 @@ struct Running {
     event: Event,
     started: Duration,
     call: Call,
+    /// Only asked for its key: what is to be run afterwards.
+    asked: Option<Box<Delivery>>,
 }
 
 /// The call of the handler that a delivery is part of.
@@ -91,6 +98,10 @@ struct Held {
     /// In order of start; entries of ended jobs are skipped.
     deadlines: VecDeque<(Duration, u64)>,
     unsettled: Vec<Settlement>,
+    /// Of an idempotent subscription: with a permit and a key, and not yet marked in the store.
+    keyed: Vec<(Delivery, Text)>,
+    /// How many are being marked.
+    beginning: usize,
     /// How many of a settle are on their way.
     settling: usize,
     breaker: Option<Breaker>,
@@ -112,6 +123,7 @@ impl Dispatcher {
         };
         let mut taking: Option<Task<Result<Vec<Delivery>>>> = None;
         let mut settling: Option<Settling> = None;
+        let mut beginning: Option<Beginning> = None;
         let mut checking: Option<Task<Result<Vec<Lease>>>> = None;
         let mut resume_at = None; // set while the transport fails
         let mut failures = 0;
@@ -122,14 +134,15 @@ impl Dispatcher {
             let wish = *self.wish.borrow_and_update();
             self.recover(&mut held);
             let admitted = self.admitted(&held, wish);
-            if held.buffered.len() > admitted {
+            if held.buffered.len() > admitted || (admitted == 0 && !held.keyed.is_empty()) {
                 self.hand_back(&mut held, admitted); // also what a take that was under way has brought
             }
             if let Wish::Drain(deadline) = wish {
                 if tokio::time::Instant::now() >= deadline {
                     self.abandon(&mut held, CancelReason::Closing);
                 }
-                if held.running.is_empty() && held.unsettled.is_empty() && settling.is_none() {
+                let idle = held.running.is_empty() && held.unsettled.is_empty();
+                if idle && settling.is_none() && beginning.is_none() {
                     break;
                 }
             }
@@ -144,6 +157,13 @@ impl Dispatcher {
             }
             if settling.is_none() && !held.unsettled.is_empty() && resume_at.is_none() {
                 settling = Some(self.settle(&mut held));
+            }
+            if let Some(once) = self.rules.once
+                && beginning.is_none()
+                && !held.keyed.is_empty()
+                && resume_at.is_none()
+            {
+                beginning = Some(self.mark(&mut held, once));
             }
             let draining = matches!(wish, Wish::Drain(_));
 
@@ -163,6 +183,21 @@ impl Dispatcher {
                         Err(error) => {
                             held.unsettled.splice(0..0, left(batch, &error));
                             resume_at = Some(self.back_off(&mut failures, "settle", &error));
+                        }
+                    }
+                },
+                (batch, begun) = maybe(&mut beginning) => {
+                    beginning = None;
+                    held.beginning = 0;
+                    match begun {
+                        Ok(begun) => {
+                            failures = 0;
+                            self.run_marked(&mut held, batch, &begun, &reporter);
+                        }
+                        Err(error) if error.kind() == ErrorKind::BusClosed => {}
+                        Err(error) => {
+                            held.keyed.splice(0..0, batch);
+                            resume_at = Some(self.back_off(&mut failures, "begin", &error));
                         }
                     }
                 },
@@ -200,11 +235,15 @@ impl Dispatcher {
 
     /// Turns what the handler said into a verdict. Late reports of jobs that were timed out or lost are ignored.
     fn judge(&self, held: &mut Held, id: u64, outcome: Outcome) {
-        let Some(Running { lease, attempt, event, started, call }) = held.running.remove(&id) else { return };
+        let Some(Running { lease, attempt, event, started, call, asked }) = held.running.remove(&id) else { return };
+        if let (Some(delivery), Outcome::Key(key)) = (asked, &outcome) {
+            held.keyed.push((*delivery, key.clone().filter(|key| !key.is_empty()).unwrap_or_else(|| own_key(&event))));
+            return;
+        }
         let now = self.clock.elapsed();
         let ended = match &outcome {
             Outcome::Done | Outcome::Replied(_) => Ended::Succeeded,
-            Outcome::Failed(_) | Outcome::RetryAfter(..) => Ended::Failed,
+            Outcome::Failed(_) | Outcome::RetryAfter(..) | Outcome::Key(_) => Ended::Failed,
             Outcome::Rejected(_) | Outcome::Abandoned => Ended::Neither,
         };
         let busy = now.saturating_sub(started);
@@ -221,16 +260,21 @@ impl Dispatcher {
                 Counters::count(&self.counters.released);
                 Settlement { lease, verdict: Verdict::Release }
             }
+            Outcome::Key(_) => {
+                let failure =
+                    Failure::new("InvalidHandler", "the handler told a key where it was to handle an event", "");
+                self.again(lease, attempt, None, failure, &event)
+            }
             Outcome::Rejected(failure) => self.dead(lease, DeadReason::Rejected, failure),
             Outcome::Failed(failure) => self.again(lease, attempt, None, failure, &event),
             Outcome::RetryAfter(after, failure) => self.again(lease, attempt, Some(after), failure, &event),
         };
         let status = match settlement.verdict {
             Verdict::Ack if done => Status::Completed,
-            Verdict::Ack => Status::Dropped,
+            Verdict::Ack | Verdict::Drop => Status::Dropped,
             Verdict::Retry { .. } => Status::Retried,
             Verdict::DeadLetter { .. } => Status::DeadLettered,
-            Verdict::Release => Status::Released,
+            Verdict::Release | Verdict::Postpone { .. } => Status::Released,
         };
         self.counters.attempts.change(Origin::of(&event), |attempts| attempts.ended(status, Some(busy)));
         held.unsettled.push(settlement);
@@ -286,7 +330,7 @@ impl Dispatcher {
             failure.kind,
             failure.message
         );
-        Settlement { lease, verdict: Verdict::Ack }
+        Settlement { lease, verdict: Verdict::Drop }
     }
 
     /// Ends the jobs whose time is up: the policy decides at once, the handler is asked to stop.
@@ -319,9 +363,10 @@ impl Dispatcher {
         if let Some(batches) = &mut held.batches {
             batches.keep(keep);
         }
+        let keyed = if keep == 0 { std::mem::take(&mut held.keyed) } else { Vec::new() };
         let back =
-            held.buffered.drain(keep..).map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release });
-        held.unsettled.extend(back);
+            held.buffered.drain(keep.min(held.buffered.len())..).chain(keyed.into_iter().map(|(delivery, _)| delivery));
+        held.unsettled.extend(back.map(|delivery| Settlement { lease: delivery.lease, verdict: Verdict::Release }));
     }
 
     /// Stops all running jobs and hands their leases back; the attempt does not count.
@@ -387,6 +432,11 @@ impl Dispatcher {
 }
 
 impl Held {
+    /// How many of the permits are taken.
+    fn permits(&self) -> usize {
+        self.running.len() + self.keyed.len() + self.beginning
+    }
+
     /// The next deadline of a job that still runs.
     fn next_deadline(&mut self) -> Option<Duration> {
         while let Some((due, id)) = self.deadlines.front() {

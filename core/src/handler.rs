@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::delivery::{Delivery, Failure};
-use crate::event::Event;
+use crate::event::{Event, Text};
 
 /// One delivery, ready to run.
 #[derive(Debug, Clone)]
@@ -16,7 +16,8 @@ pub struct Job {
     pub id: u64,
     /// The event.
     pub event: Event,
-    /// From 1.
+    /// From 1; 0 asks for the event's key ([`Outcome::Key`]) and for nothing else, in a subscription that tells events by
+    /// [`Key::Handler`](crate::options::Key::Handler). The job itself follows under another id.
     pub attempt: u32,
     /// Whether somebody took this delivery before.
     pub redelivered: bool,
@@ -29,6 +30,11 @@ impl Job {
     pub fn new(id: u64, event: Event, delivery: &Delivery) -> Self {
         let Delivery { attempt, redelivered, received_at, .. } = *delivery;
         Self { id, event, attempt, redelivered, received_at }
+    }
+
+    /// Whether only the event's key is wanted.
+    pub fn asks_for_key(&self) -> bool {
+        self.attempt == 0
     }
 }
 
@@ -47,6 +53,8 @@ pub enum Outcome {
     Rejected(Failure),
     /// It was stopped before it ended, or never started; the attempt does not count.
     Abandoned,
+    /// It was asked for the event's key; `None`, or an empty one: the key that the event carries, else its id.
+    Key(Option<Text>),
 }
 
 /// Why a running job is asked to stop.
@@ -112,6 +120,37 @@ where
     R: Future<Output = Outcome> + Send + 'static,
 {
     Arc::new(FnHandler { run: Arc::new(run), running: Arc::default() })
+}
+
+type KeyFunction = Box<dyn Fn(&Event) -> Option<Text> + Send + Sync>;
+
+/// `handler`, with a function that tells the key of an event, for [`Key::Handler`](crate::options::Key::Handler).
+pub fn keyed(
+    handler: Arc<dyn Handler>,
+    key: impl Fn(&Event) -> Option<Text> + Send + Sync + 'static,
+) -> Arc<dyn Handler> {
+    Arc::new(KeyedHandler { handler, key: Box::new(key) })
+}
+
+struct KeyedHandler {
+    handler: Arc<dyn Handler>,
+    key: KeyFunction,
+}
+
+impl Handler for KeyedHandler {
+    fn start(&self, jobs: Vec<Job>, reporter: &Reporter) {
+        let (asked, jobs): (Vec<_>, Vec<_>) = jobs.into_iter().partition(Job::asks_for_key);
+        if !asked.is_empty() {
+            reporter.report(asked.into_iter().map(|job| (job.id, Outcome::Key((self.key)(&job.event)))));
+        }
+        if !jobs.is_empty() {
+            self.handler.start(jobs, reporter);
+        }
+    }
+
+    fn cancel(&self, jobs: &[u64], reason: CancelReason) {
+        self.handler.cancel(jobs, reason);
+    }
 }
 
 struct FnHandler<F> {

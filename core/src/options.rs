@@ -101,6 +101,9 @@ pub struct BusOptions {
     pub max_events: Option<u64>,
     /// Where a publish must have arrived before it returns, on servers. Default [`Confirm::Memory`].
     pub confirm: Confirm,
+    /// How long the idempotency key of a published event is remembered: another publish with it is absorbed. Zero turns
+    /// it off. Default 1 h ([`IDEMPOTENCY_WINDOW`](crate::transport::IDEMPOTENCY_WINDOW)).
+    pub idempotency_window: Option<Duration>,
     /// Parts that the log is split into, by partition key; fixed when the bus is made on a server. Default what the bus
     /// has, 1 for a new one.
     pub partitions: Option<u32>,
@@ -133,6 +136,7 @@ impl BusOptions {
             max_age: None,
             max_events: None,
             confirm: Confirm::Memory,
+            idempotency_window: None,
             partitions: None,
             allow_network_fs: false,
             on_duplicate: None,
@@ -169,6 +173,7 @@ impl BusOptions {
             max_age: from.duration("max_age_ms", Duration::from_millis(1))?,
             max_events: from.integer("max_events", 1..=u64::MAX)?,
             confirm: from.word("confirm", &CONFIRMS)?.unwrap_or_default(),
+            idempotency_window: from.duration("idempotency_window_ms", Duration::ZERO)?,
             partitions: from.integer("partitions", 1..=256)?.map(|n| n as u32),
             allow_network_fs: from.boolean("allow_network_fs")?.unwrap_or(false),
             on_duplicate: from.word("on_duplicate", &ON_DUPLICATE)?,
@@ -188,6 +193,7 @@ impl BusOptions {
             max_age: self.max_age,
             max_events: self.max_events,
             confirm: self.confirm,
+            idempotency_window: self.idempotency_window,
             partitions: self.partitions,
             max_payload_bytes: self.max_payload_bytes,
             publish_buffer_bytes: self.publish_buffer_bytes,
@@ -213,6 +219,18 @@ const DURABILITIES: [(&str, Durability); 5] = [
     ("full", Durability::Full),
     ("normal", Durability::Normal),
 ];
+
+/// How long an idempotent subscription remembers what it handled, unless the user says otherwise.
+pub const IDEMPOTENT_RETENTION: Duration = Duration::from_secs(7 * 86_400);
+
+/// By which key a subscription tells that an event was handled before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Key {
+    /// The event's idempotency key, or its id where it has none.
+    Event,
+    /// What the handler answers when it is asked: see [`Job::attempt`](crate::handler::Job::attempt).
+    Handler,
+}
 
 /// Options of a subscription.
 #[derive(Debug, Clone, Default)]
@@ -245,6 +263,10 @@ pub struct SubscribeOptions {
     pub breaker: Option<BreakerOptions>,
     /// The handler takes many events at once. Default none.
     pub batch: Option<BatchOptions>,
+    /// Handle events of one key once, in the whole group. Default none: an event that comes twice is handled twice.
+    pub idempotent: Option<Key>,
+    /// How long a handled key is remembered. Default 7 days ([`IDEMPOTENT_RETENTION`]).
+    pub idempotent_retention: Option<Duration>,
 }
 
 impl SubscribeOptions {
@@ -256,6 +278,19 @@ impl SubscribeOptions {
     /// Options of a responder of that name.
     pub fn responder(name: impl Into<String>) -> Self {
         Self { respond: true, drop_dead: true, retry: Some(RetryPolicy::NONE), ..Self::new(name) }
+    }
+
+    /// Options that exclude each other.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.broadcast && self.idempotent.is_some() {
+            return Err(Error::invalid_config(
+                "a broadcast has no group that could remember what it handled: leave out idempotent, or broadcast",
+            ));
+        }
+        if self.idempotent.is_none() && self.idempotent_retention.is_some() {
+            return Err(Error::invalid_config("the idempotent retention says nothing without idempotent set to true"));
+        }
+        Ok(())
     }
 
     /// The durable group of this subscription in `service`.
@@ -304,8 +339,11 @@ impl SubscribeOptions {
             drop_dead: !from.boolean("dead_letter")?.unwrap_or(!respond),
             breaker: from.members("breaker", Reader::breaker)?,
             batch: from.members("batch", Reader::batch)?,
+            idempotent: from.key("idempotent")?,
+            idempotent_retention: from.duration("idempotent_retention_ms", Duration::from_millis(1))?,
         };
         from.finish()?;
+        options.check()?;
         options.checked()
     }
 }
@@ -461,6 +499,16 @@ impl Reader {
             None => Ok(None),
             Some(Value::Bool(value)) => Ok(Some(value)),
             Some(other) => Err(self.wrong(name, &other, "give true or false")),
+        }
+    }
+
+    /// `true`, or `"function"` when the language has one that tells the key.
+    fn key(&mut self, name: &'static str) -> Result<Option<Key>> {
+        match self.take(name) {
+            None | Some(Value::Bool(false)) => Ok(None),
+            Some(Value::Bool(true)) => Ok(Some(Key::Event)),
+            Some(Value::String(word)) if word == "function" => Ok(Some(Key::Handler)),
+            Some(other) => Err(self.wrong(name, &other, "give true, or a function that tells the key of an event")),
         }
     }
 

@@ -67,6 +67,15 @@ impl RetryPolicy {
         Some(Duration::from_secs_f64(spread.max(0.0)))
     }
 
+    /// The longest time between the first attempt and the last, without what the attempts take.
+    pub fn longest(&self) -> Duration {
+        // What follows after so many is at the cap, or as good as for ever.
+        const SUMMED: u32 = 1000;
+        let first = (1..=self.max_retries.min(SUMMED)).filter_map(|attempt| self.delay(attempt, 1.0));
+        let rest = self.max_delay.saturating_mul(self.max_retries.saturating_sub(SUMMED));
+        first.fold(rest, Duration::saturating_add)
+    }
+
     /// Attempts in all, the first included.
     pub fn max_attempts(&self) -> u32 {
         self.max_retries.saturating_add(1)
@@ -88,6 +97,13 @@ mod tests {
     fn a_huge_attempt_stays_at_the_cap() {
         let policy = RetryPolicy { max_retries: u32::MAX, jitter: Jitter::None, ..Default::default() };
         assert_eq!(policy.delay(u32::MAX, 0.0), Some(Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn the_longest_time_is_the_sum_of_the_delays() {
+        assert_eq!(RetryPolicy::default().longest(), Duration::from_secs(1 + 2 + 4));
+        let steady = RetryPolicy { max_retries: 2000, initial_delay: Duration::from_secs(30), ..Default::default() };
+        assert_eq!(steady.longest(), Duration::from_secs(30 * 2000));
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct Counters {
     pub dropped: AtomicU64,
     pub released: AtomicU64,
     pub timed_out: AtomicU64,
+    /// Deliveries whose key was handled before, in an idempotent subscription.
+    pub duplicates: AtomicU64,
     pub leases_lost: AtomicU64,
     pub running: AtomicU64,
     pub buffered: AtomicU64,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use polybus_core::bus::new_event;
 use polybus_core::delivery::Failure;
 use polybus_core::handler::{Outcome, from_fn};
+use polybus_core::options::Key;
 use polybus_core::transport::Outgoing;
 use polybus_core::{Bus, BusOptions, ErrorKind, Event, SubscribeOptions};
 
@@ -218,4 +219,67 @@ async fn a_full_store_is_waited_for_until_the_timeout() {
     assert_eq!(error.kind(), ErrorKind::BufferFull);
     subscription.resume();
     while bus.publish(now(big())).await.is_err() {}
+}
+
+fn with_key(key: &str) -> Event {
+    let meta = format!(r#"{{"idempotencyKey":{key:?}}}"#);
+    new_event("paid", b"1".as_slice().into(), Some(meta.as_bytes()), 1 << 20).unwrap()
+}
+
+#[tokio::test]
+async fn a_handled_key_is_forgotten_after_its_retention_and_not_before() {
+    let options = BusOptions { idempotency_window: Some(Duration::ZERO), ..BusOptions::new("test") };
+    let bus = Bus::new("memory://", BusOptions { virtual_clock: true, ..options }).unwrap();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async { Outcome::Done }
+    });
+    let options = SubscribeOptions {
+        idempotent: Some(Key::Event),
+        idempotent_retention: Some(Duration::from_secs(60)),
+        ..SubscribeOptions::new("s")
+    };
+    let subscription = bus.subscribe("paid", handler, options).await.unwrap();
+    for (wait, expected) in [(0, 1), (59, 1), (1, 2), (59, 2)] {
+        bus.advance(Duration::from_secs(wait)).unwrap();
+        bus.publish(now(with_key("k"))).await.unwrap();
+        bus.idle().await.unwrap();
+        assert_eq!(runs.load(Ordering::SeqCst), expected, "{wait} s later");
+    }
+    assert_eq!(subscription.counters().duplicates.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_published_key_is_forgotten_after_an_hour_and_not_before() {
+    let bus = test_bus();
+    for (wait, duplicate) in [(0, false), (3599, true), (1, false), (3599, true)] {
+        bus.advance(Duration::from_secs(wait)).unwrap();
+        let receipts = bus.publish(now(with_key("k"))).await.unwrap();
+        assert_eq!(receipts[0].duplicate, duplicate, "{wait} s later");
+    }
+    assert_eq!(bus.published("paid").unwrap().len(), 2);
+}
+
+/// What the test kit publishes twice comes twice, whatever its key: the handler is to be tested, not the publisher.
+#[tokio::test]
+async fn an_injected_duplicate_is_absorbed_by_the_subscription() {
+    let bus = test_bus();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async { Outcome::Done }
+    });
+    let options = SubscribeOptions { idempotent: Some(Key::Event), ..SubscribeOptions::new("s") };
+    let subscription = bus.subscribe("*", handler, options).await.unwrap();
+    for (number, event) in [event("paid"), with_key("k")].into_iter().enumerate() {
+        bus.duplicate_next("paid", 1).unwrap();
+        assert_eq!(bus.publish(now(event)).await.unwrap().len(), 1);
+        bus.idle().await.unwrap();
+        assert_eq!(runs.load(Ordering::SeqCst), number as u32 + 1);
+        // Without moving time: who waits for the key goes on when it is free.
+        assert_eq!(subscription.counters().duplicates.load(Ordering::SeqCst), number as u64 + 1);
+    }
 }

@@ -39,6 +39,7 @@ async def main(url: str, bus_name: str) -> None:
                             name=command["name"],
                             group=command["group"],
                             ordered=command.get("ordered", False),
+                            idempotent=key_of if command.get("once") else False,
                             retry=RetryPolicy(max_retries=1, initial_delay=0.005, jitter="none"),
                         )
                     )
@@ -77,6 +78,8 @@ def traced(bus: Bus) -> Any:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     instrument(bus, provider)
     return exporter
+def key_of(event: Event[Any]) -> str:
+    return event.raw.decode()
 
 
 def snake(name: str) -> str:

@@ -34,8 +34,9 @@ for await (const line of createInterface({ input: process.stdin })) {
       if (command.fail) throw new Error('as the test wants ☃')
     }
     const retry = { maxRetries: 1, initialDelayMs: 5, jitter: 'none' } as const
-    const { name, group, ordered } = command
-    subscriptions.push(await bus.subscribe(command.pattern, handler, { name, group, ordered, retry }))
+    const { name, group, ordered, once } = command
+    const options = { name, group, ordered, idempotent: once && text, retry }
+    subscriptions.push(await bus.subscribe(command.pattern, handler, options))
     tell({ subscribed: command.name })
   } else if (command.do === 'trace') {
     const spanProcessors = [new SimpleSpanProcessor(exporter)]

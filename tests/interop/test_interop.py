@@ -262,3 +262,27 @@ def test_a_killed_responder_is_missed_after_its_lease(stage: Stage, responder: s
     deadline = time.monotonic() + DEADLINE
     while asks.ask("refused", "request", **facts)["code"] != "no_responder":
         assert time.monotonic() < deadline
+@pytest.mark.parametrize(("first", "second"), [pair for pair in PAIRS if pair[0] != pair[1]])
+def test_a_key_is_published_once(stage: Stage, first: str, second: str) -> None:
+    """The receipt of the second publish names the event of the first."""
+    one, two, listener = stage.actor(first), stage.actor(second), stage.actor("rust")
+    listener.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
+    meta = {"idempotencyKey": "order:ü ☃:placed"}
+    event_id = one.ask("published", "publish", type="order.placed", payload="1", meta=meta)
+    assert two.ask("published", "publish", type="order.placed", payload="2", meta=meta) == event_id
+    assert listener.wait("saw")["payload"] == "1"
+    listener.ask("unsubscribed", "unsubscribe")  # no line about a second event comes before this one
+
+
+@pytest.mark.parametrize(("first", "second"), [("python", "node"), ("node", "python")])
+def test_what_one_language_handled_is_absorbed_in_the_other(stage: Stage, first: str, second: str) -> None:
+    one, two = stage.actor(first), stage.actor(second)
+    one.ask("subscribed", "subscribe", pattern="n", name="s", group="g", once=True)
+    two.ask("published", "publish", type="n", payload='"é☃"', meta={})
+    one.wait("saw")
+    one.ask("unsubscribed", "unsubscribe")  # also waits until the verdict is stored
+    two.ask("subscribed", "subscribe", pattern="n", name="s", group="g", once=True)
+    one.ask("published", "publish", type="n", payload='"é☃"', meta={})
+    one.ask("published", "publish", type="n", payload="2", meta={})
+    assert two.wait("saw")["payload"] == "2"
+    two.ask("unsubscribed", "unsubscribe")

@@ -209,7 +209,7 @@ async def test_pubsub_only_broadcasts(pubsub: Store) -> None:
 
 CAPABILITIES = (
     *("durable", "cross_process", "ack", "delayed_retry", "delayed_publish"),
-    *("dead_letters", "start_position", "broadcast", "ordered"),
+    *("dead_letters", "start_position", "broadcast", "ordered", "idempotent", "publish_dedupe"),
 )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polybus import _middleware, _native
 from polybus._runtime import drain_logs
-from polybus.errors import InvalidHandler, PolybusError, Reject, Retry
+from polybus.errors import InvalidConfig, InvalidHandler, PolybusError, Reject, Retry
 
 if TYPE_CHECKING:
     from polybus._native import Event
@@ -76,6 +76,34 @@ def is_async(handler: object) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004
 
 
+KeyFunction = Callable[["Event[Any]"], object]
+
+
+def key_function(options: dict[str, Any]) -> KeyFunction | None:
+    """The function that tells the keys of an idempotent subscription, if one was given."""
+    key: KeyFunction | None = options.get("idempotent")
+    if not callable(key):
+        return None
+    if is_async(key):
+        raise InvalidConfig("idempotent= is a coroutine function; give a plain function: it runs before each event")
+    return key
+
+
+def tell_key(reporter: _native.Reporter, job: int, key: KeyFunction, event: Event[Any]) -> None:
+    """Answer the core, which asked for the key of an event."""
+    try:
+        told = key(event)
+        if isinstance(told, int) and not isinstance(told, bool):
+            told = str(told)
+        if told is not None and not isinstance(told, str):
+            raise TypeError(f"idempotent= told a key that is a {type(told).__qualname__}; return a str, an int or None")
+        reporter.key(job, told)
+    except BaseException as error:
+        report(reporter, job, error)
+        if not isinstance(error, Exception):
+            raise
+
+
 # ---- what a handler said ------------------------------------------------------------------------------------------
 
 
@@ -122,8 +150,10 @@ class LoopHandler:
         loop: asyncio.AbstractEventLoop,
         around: _middleware.Around,
         answers: bool = False,
+        key: KeyFunction | None = None,
     ) -> None:
         self._bus = bus
+        self._key = key
         self._name = name
         self._loop = loop
         self._tasks: dict[Any, asyncio.Task[None]] = {}
@@ -149,6 +179,8 @@ class LoopHandler:
 
     def start(self, batch: list[tuple[Any, Any]]) -> None:
         """Run the handler in a task of its own for each event."""
+        if self._key is not None:
+            batch = self._tell_keys(batch, self._key)
         started = 0
         task_of = self._task_maker()
         try:
@@ -163,6 +195,15 @@ class LoopHandler:
     def hand_back(self, batch: list[tuple[Any, Any]]) -> None:
         """These were not started."""
         self.reporter.abandoned([job for job, _ in batch])
+    def _tell_keys(self, batch: list[tuple[int, Event[Any]]], key: KeyFunction) -> list[tuple[int, Event[Any]]]:
+        """Answer the jobs that only ask for a key; the rest are to be run."""
+        run = []
+        for job, event in batch:
+            if event.delivery is not None and event.delivery.attempt == 0:
+                self._context.copy().run(tell_key, self.reporter, job, key, event)
+            else:
+                run.append((job, event))
+        return run
 
     def _task_maker(self) -> Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]:
         loop, name, context = self._loop, self._name, self._context
@@ -353,9 +394,11 @@ class ThreadHandler:
         loop: asyncio.AbstractEventLoop | None,
         around: _middleware.Around,
         answers: bool = False,
+        key: KeyFunction | None = None,
     ) -> None:
         self._bus = bus
         self._answers = answers
+        self._key = key
         self.rewire(handler, around)
         self._loop = None if loop is None else weakref.ref(loop)
         self.subscription: _native.NativeSubscription | None = None
@@ -370,6 +413,9 @@ class ThreadHandler:
 
     def run(self, job: Any, event: Any) -> None:
         """Call the function and say what came of it."""
+        if self._key is not None and event.delivery is not None and event.delivery.attempt == 0:
+            contextvars.copy_context().run(tell_key, self.reporter, job, self._key, event)
+            return
         try:
             result = contextvars.copy_context().run(self._call, event)
             if inspect.isawaitable(result):

@@ -204,13 +204,19 @@ class RetryPolicy:
 class Receipt:
     """Says that an event was accepted."""
 
-    def __new__(cls, id: str, position: str | None = None) -> Self: ...
+    def __new__(cls, id: str, position: str | None = None, duplicate: bool = False) -> Self: ...
     @property
     def id(self) -> str:
         """The event's id."""
     @property
     def position(self) -> str | None:
         """Position in the transport's log; `None` while it is delayed."""
+    @property
+    def duplicate(self) -> bool:
+        """Nothing was stored: an event with this idempotency key was published before.
+
+        `id` and `position` are those of that event.
+        """
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     __hash__: ClassVar[None]  # type: ignore[assignment]
@@ -295,6 +301,7 @@ class Reporter:
     def failed(
         self, job: int, kind: str, message: str, stack: str, after: float | None = None, code: str | None = None
     ) -> None: ...
+    def key(self, job: int, key: str | None) -> None: ...
     def rejected(self, job: int, kind: str, message: str, stack: str) -> None: ...
 
 @final

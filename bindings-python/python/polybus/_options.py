@@ -5,6 +5,7 @@ Seconds are a number or a ``timedelta``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Required
 
     from polybus._log import AnyLogger
-    from polybus._native import Aggregate, RetryPolicy
+    from polybus._native import Aggregate, Event, RetryPolicy
 
 Seconds = float | timedelta
 Mode = Literal["async", "sync"]
@@ -55,6 +56,9 @@ class BusOptions(TypedDict, total=False):
     """Drop the oldest events beyond this number, finished or not. Default: never."""
     confirm: Literal["memory", "disk", "replica"]
     """Where a publish to a server must have arrived before it returns. Default ``memory``: in the server."""
+    idempotency_window: Seconds
+    """How long the ``idempotency_key`` of a published event is remembered: another publish with it is absorbed, and its
+    receipt says ``duplicate``. 0 turns it off. Default: 1 hour; not on ``redis+pubsub``."""
     partitions: int
     """Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1."""
     allow_network_fs: bool
@@ -115,6 +119,11 @@ class SubscribeOptions(TypedDict, total=False):
     """Stop taking while the handler keeps failing. ``True`` for the defaults; default: none."""
     batch: BatchOptions | bool
     """The handler takes a list of events; ``BatchFailed`` fails some of them. ``True`` for the defaults."""
+    idempotent: bool | Callable[[Event[Any]], str | int | None]
+    """Handle events of one key once, in the whole group. ``True``: the event's ``idempotency_key``, or its id where it
+    has none. A plain function tells the key; where it returns ``None``, the event's own counts. Default false."""
+    idempotent_retention: Seconds
+    """How long a handled key is remembered. Default: 7 days."""
 
 
 class MetaOptions(TypedDict, total=False):

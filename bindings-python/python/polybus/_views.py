@@ -32,6 +32,10 @@ class Guarantees:
     ordered: bool
     """Subscriptions with ``ordered=True``."""
     request: bool
+    idempotent: bool
+    """Subscriptions can handle events of one key once."""
+    publish_dedupe: bool
+    """A publish with an idempotency key that was published before is absorbed."""
     details: Mapping[str, str] = field(default_factory=dict)
     """What was looked at: version, file system, settings."""
     warnings: Sequence[str] = ()
@@ -62,6 +66,8 @@ class SubscriptionStats:
     dropped: int
     released: int
     timed_out: int
+    duplicates: int
+    """Absorbed by an idempotent subscription, because their key was handled before."""
     leases_lost: int
     running: int
     buffered: int

@@ -257,8 +257,10 @@ class Bus(Uses, Requests):
         """Publish an event, and return when it is as safe as the transport makes it.
 
         `delay` and `expires_in` are seconds: not delivered before, and not after. `raw` is a payload that is JSON text
-        already. With `mode="sync"`, run this process's matching handlers in order of subscription and raise
-        `HandlerError` with the first failure; nothing goes to the transport.
+        already. An `idempotency_key` that was published on this bus before, within its `idempotency_window`, stores
+        nothing: the receipt says `duplicate` and names the first event. With `mode="sync"`, run this process's matching
+        handlers in order of subscription and raise `HandlerError` with the first failure; nothing goes to the
+        transport.
 
         Errors: `InvalidEvent`, `PayloadTooLarge`, `BusClosed`, `PublishTimeout` (nothing stored), `PublishUnknown`
         (perhaps stored), `ConnectionFailed`, `BufferFull`. Cancelling the call does not take the event back.
@@ -378,6 +380,7 @@ class Bus(Uses, Requests):
         checked = _handlers.check(handler)
         if options.get("name") is None:
             options = {**options, "name": _handlers.name_of(handler)}
+        _handlers.key_function(options)
         name, concurrency = self._native.check_subscription(pattern, options)
         return checked, options, name, concurrency
 
@@ -448,8 +451,9 @@ class Bus(Uses, Requests):
         bridge = _runtime.bridge()
         number = next(_handlers.numbers)
         kind = BatchLoopHandler if takes_batches(options) else LoopHandler
+        answers, key = bool(options.get("respond")), _handlers.key_function(options)
         runner = bridge.handlers[number] = kind(
-            self._native, options["name"], handler, loop, self._handling, bool(options.get("respond"))
+            self._native, options["name"], handler, loop, self._handling, answers, key
         )
         handlers = weakref.ref(bridge)
 
@@ -475,7 +479,8 @@ class Bus(Uses, Requests):
             pool = self._pool
         number = next(_handlers.numbers)
         kind = BatchThreadHandler if takes_batches(options) else ThreadHandler
-        runner = kind(self._native, handler, loop, self._handling, bool(options.get("respond")))
+        answers, key = bool(options.get("respond")), _handlers.key_function(options)
+        runner = kind(self._native, handler, loop, self._handling, answers, key)
         operation, runner.reporter = self._native.subscribe(pool.native, number, pattern, options)
         pool.add(number, runner, concurrency)
         return operation, functools.partial(

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::once::own_key;
 use super::{Call, Dispatcher, Held, Running};
 use crate::batch::Batches;
 use crate::breaker::Breaker;
@@ -9,6 +10,7 @@ use crate::delivery::{Body, DeadReason, Delivery, Failure};
 use crate::event::Event;
 use crate::handler::{Job, Outcome, Reporter};
 use crate::metrics::{Origin, Status};
+use crate::options::Key;
 use crate::subscription::Wish;
 
 /// A delivery whose process died is tried at least this often, however few retries the policy allows, before it is
@@ -26,7 +28,7 @@ impl Dispatcher {
     /// How many deliveries more the source may give us.
     pub(super) fn room(&self, held: &Held) -> usize {
         let size = held.batches.as_ref().map_or(1, Batches::size);
-        let ours = held.running.len() + held.buffered.len() + held.settling + held.unsettled.len();
+        let ours = held.permits() + held.buffered.len() + held.settling + held.unsettled.len();
         let room = (self.rules.concurrency * size + self.rules.prefetch).saturating_sub(ours);
         room.min(self.admitted(held, Wish::Run).saturating_sub(held.buffered.len()))
     }
@@ -49,11 +51,17 @@ impl Dispatcher {
             return self.launch_batches(held, reporter, now);
         }
         let mut jobs = Vec::new();
-        while held.running.len() < self.rules.concurrency && held.may_begin() {
+        while held.permits() < self.rules.concurrency && held.may_begin() {
             let Some(delivery) = held.buffered.pop_front() else { break };
             let Some(event) = self.admit(held, &delivery) else { continue };
-            let call = Call { ticket: held.breaker.as_mut().map(Breaker::begin), batch: None };
-            jobs.extend(self.begin(held, reporter, &delivery, event, call, now));
+            match self.rules.once.map(|once| once.key) {
+                None => {
+                    let call = held.single_call();
+                    jobs.extend(self.begin(held, reporter, &delivery, event, call, now));
+                }
+                Some(Key::Event) => held.keyed.push((delivery, own_key(&event))),
+                Some(Key::Handler) => jobs.push(self.ask(held, delivery, event, now)),
+            }
         }
         if !jobs.is_empty() {
             self.handler.start(jobs, reporter);
@@ -118,7 +126,7 @@ impl Dispatcher {
     }
 
     /// The job of a delivery that begins to run.
-    fn begin(
+    pub(super) fn begin(
         &self,
         held: &mut Held,
         reporter: &Reporter,
@@ -129,8 +137,14 @@ impl Dispatcher {
     ) -> Option<Job> {
         held.next_id += 1;
         let id = held.next_id;
-        let running =
-            Running { lease: delivery.lease, attempt: delivery.attempt, event: event.clone(), started: now, call };
+        let running = Running {
+            lease: delivery.lease,
+            attempt: delivery.attempt,
+            event: event.clone(),
+            started: now,
+            call,
+            asked: None,
+        };
         held.running.insert(id, running);
         if self.faults.as_ref().is_some_and(|faults| faults.take_failure(&event)) {
             let failure = Failure::new("InjectedFault", "fail_next of the test kit", "");
@@ -142,9 +156,29 @@ impl Dispatcher {
         }
         Some(Job::new(id, event, delivery))
     }
+
+    /// The job that only asks for the key of an event; the attempt number 0 says so.
+    fn ask(&self, held: &mut Held, delivery: Delivery, event: Event, now: Duration) -> Job {
+        held.next_id += 1;
+        let id = held.next_id;
+        let job = Job { attempt: 0, ..Job::new(id, event.clone(), &delivery) };
+        let call = Call { ticket: None, batch: None };
+        let (lease, attempt) = (delivery.lease, delivery.attempt);
+        let asked = Some(Box::new(delivery));
+        held.running.insert(id, Running { lease, attempt, event, started: now, call, asked });
+        if let Some(timeout) = self.rules.timeout {
+            held.deadlines.push_back((now + timeout, id));
+        }
+        job
+    }
 }
 
 impl Held {
+    /// A call for one delivery.
+    pub(super) fn single_call(&mut self) -> Call {
+        Call { ticket: self.breaker.as_mut().map(Breaker::begin), batch: None }
+    }
+
     /// Whether the breaker lets another call begin.
     pub(super) fn may_begin(&self) -> bool {
         self.breaker.as_ref().is_none_or(|breaker| breaker.free() > 0)

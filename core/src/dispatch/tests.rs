@@ -92,6 +92,7 @@ async fn a_batch_goes_on_for_the_events_that_are_still_ours() {
                 broadcast: false,
                 lease: Duration::from_millis(20),
                 breaker: None,
+                once: None,
                 batch: Some(BatchOptions { size: 3, wait: Duration::from_secs(3600) }),
             },
             clock: Clock::default(),

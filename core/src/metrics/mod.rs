@@ -40,12 +40,13 @@ type Number = fn(&GroupStats) -> f64;
 type Labels = Vec<(&'static str, String)>;
 
 /// Counters and gauges of a subscription: name, kind, help, where it is kept.
-const OF_PROCESS: [(&str, &str, &str, Counter); 8] = [
+const OF_PROCESS: [(&str, &str, &str, Counter); 9] = [
     ("retries_total", "counter", "Retries that were scheduled.", |c| &c.retried),
     ("dead_letters_total", "counter", "Dead letters that were made.", |c| &c.dead_lettered),
     ("dropped_total", "counter", "Events dropped because dead letters are off.", |c| &c.dropped),
     ("released_total", "counter", "Deliveries handed back unfinished.", |c| &c.released),
     ("handler_timeouts_total", "counter", "Handlers that ran longer than their timeout.", |c| &c.timed_out),
+    ("duplicates_total", "counter", "Deliveries absorbed because their key was handled before.", |c| &c.duplicates),
     ("leases_lost_total", "counter", "Leases that passed to another process.", |c| &c.leases_lost),
     ("in_flight", "gauge", "Handlers that run in this process now.", |c| &c.running),
     ("queue_size", "gauge", "Deliveries that wait for a free handler in this process.", |c| &c.buffered),
@@ -93,6 +94,10 @@ pub fn families(bus: &Bus) -> Vec<Family> {
         family.add(base.iter().cloned(), counter.load(Ordering::Relaxed) as f64);
         all.push(family);
     }
+    let mut absorbed =
+        Family::new("publish_duplicates_total", "counter", "Publishes absorbed by their idempotency key.");
+    absorbed.add(base.iter().cloned(), bus.publish_duplicates() as f64);
+    all.push(absorbed);
     for (name, value) in bus.transport_counts() {
         let mut family = Family::new(name, "counter", "Of this process's hold on the store; see docs/metrics.md.");
         family.add(base.iter().cloned(), value as f64);

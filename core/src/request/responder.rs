@@ -140,7 +140,7 @@ impl Shared {
             Outcome::Failed(failure) | Outcome::RetryAfter(_, failure) => {
                 self.is_final(asked).then(|| Err(failure.clone()))
             }
-            Outcome::Abandoned => None,
+            Outcome::Abandoned | Outcome::Key(_) => None,
         }
     }
 

@@ -51,6 +51,10 @@ pub struct Capabilities {
     pub ordered: bool,
     /// Mailboxes, and knowing who answers: requests with replies.
     pub request: bool,
+    /// Groups remember the keys of what they handled: [`Source::begin`].
+    pub idempotent: bool,
+    /// A publish whose idempotency key was seen within the window is absorbed.
+    pub publish_dedupe: bool,
 }
 
 /// What holds on the live store, as measured, not as hoped.
@@ -89,6 +93,8 @@ pub struct Receipt {
     pub id: Text,
     /// Position in the transport's log, as it writes it; `None` while it is delayed.
     pub position: Option<Text>,
+    /// Nothing was stored: an event with this idempotency key was published before. `id` and `position` are that one's.
+    pub duplicate: bool,
 }
 
 /// Where a group that does not exist yet begins.
@@ -162,6 +168,17 @@ pub(crate) fn disagrees(group: &str, ordered: bool) -> Error {
     ))
 }
 
+/// Whether the delivery of a marked key may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// Ours.
+    Run,
+    /// It was handled before.
+    Duplicate,
+    /// Somebody handles it, since so long.
+    Busy(Duration),
+}
+
 /// A backend. All methods may be called from any thread; none blocks the caller; all fail with `BusClosed` after
 /// [`Transport::close`].
 pub trait Transport: Send + Sync + 'static {
@@ -219,6 +236,11 @@ pub trait Transport: Send + Sync + 'static {
         Err(no_mail())
     }
 
+    /// Stores copies of what was published before, whatever their idempotency keys: the fault that a test bus injects.
+    fn repeat(&self, _batch: Vec<Outgoing>) -> Task<Result<Vec<Receipt>>> {
+        Box::pin(std::future::ready(Err(Error::unsupported("only a test bus publishes twice"))))
+    }
+
     /// Waits until nothing is left to do at this moment of the transport's clock. Only with a stopped clock.
     fn idle(&self) -> Task<Result<()>> {
         Box::pin(std::future::ready(Err(Error::unsupported("only a test bus can wait until it is idle"))))
@@ -242,6 +264,13 @@ pub trait Source: Send + Sync + 'static {
     /// Ends leases, all in one step. Resolves to those that were no longer ours and so had no effect. A store that
     /// cannot do all in one step lists in its error ([`Error::failures`]) what is left to do; the rest was done.
     fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>>;
+
+    /// Marks keys as being handled, each for the delivery beside it, for as long as that is leased to us. Answers in
+    /// order. [`Source::settle`] ends a mark in one step with its delivery: `Ack` keeps it for `keep` (from then on the
+    /// key is [`Begun::Duplicate`]), every other verdict frees it.
+    fn begin(&self, _wanted: Vec<(Lease, Text)>, _keep: Duration) -> Task<Result<Vec<Begun>>> {
+        Box::pin(std::future::ready(Err(Error::unsupported("this transport remembers no keys"))))
+    }
 
     /// Keeps everything that this source holds for another lease. Resolves to those of `held` that were lost.
     fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>>;
@@ -294,6 +323,9 @@ pub struct Settings {
     pub confirm: Confirm,
     /// Parts that the log is split into; `None`: what the bus has, or 1.
     pub partitions: Option<u32>,
+    /// How long the idempotency key of a published event is remembered; zero: not at all; `None`:
+    /// [`IDEMPOTENCY_WINDOW`].
+    pub idempotency_window: Option<Duration>,
     /// Largest payload accepted, in bytes, on publish and on consume.
     pub max_payload_bytes: usize,
     /// Bytes of publishes that may wait, to be written or, in memory, to be handled; `None`: what suits the transport.
@@ -304,6 +336,18 @@ pub struct Settings {
     pub clock: crate::clock::Clock,
     /// Open a file on a file system that is known to break locks.
     pub allow_network_fs: bool,
+}
+
+/// How long the idempotency key of a published event is remembered unless the user says otherwise.
+pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(3600);
+
+impl Settings {
+    /// The key under which the publish of `event` happens once, and for how long; `None` for one that is stored as it comes.
+    fn once(&self, event: &Event) -> Option<(Text, Duration)> {
+        let window = self.idempotency_window.unwrap_or(IDEMPOTENCY_WINDOW);
+        let key = event.meta.idempotency_key.as_ref().filter(|key| !key.is_empty())?;
+        (!window.is_zero()).then(|| (key.clone(), window))
+    }
 }
 
 /// What a confirmed publish survives.

@@ -2,8 +2,10 @@
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
-use polybus_core::transport::{Durability, GroupSpec, Settings, connect};
+use polybus_core::delivery::Verdict;
+use polybus_core::transport::{Begun, Durability, GroupSpec, Outgoing, Settings, Start, connect};
 use polybus_core::{Error, ErrorKind};
 
 use crate::support::*;
@@ -219,4 +221,52 @@ async fn an_older_file_gets_the_new_columns() {
     publish(&bus, 3..4).await;
     assert_eq!(numbers(&take_all(&two, 1).await), [3]);
     bus.close().await;
+}
+
+/// As a version wrote it that knew no marks: the tables are made, and what is in the others stays.
+#[tokio::test]
+async fn a_file_of_an_older_version_gets_the_later_tables() {
+    let place = place();
+    let bus = open(&place.path).await;
+    publish(&bus, 0..3).await;
+    bus.close().await;
+    let file = rusqlite::Connection::open(&place.path).unwrap();
+    file.execute_batch("DROP TABLE polybus_marks; DROP TABLE polybus_published;").unwrap();
+    drop(file);
+    let bus = open(&place.path).await;
+    let source = bus.subscribe(GroupSpec { start: Start::Beginning, ..spec("one") }).await.unwrap();
+    let taken = take_all(&source, 3).await;
+    let wanted = taken.iter().map(|delivery| (delivery.lease, "same".into())).collect();
+    let begun = source.begin(wanted, PATIENCE).await.unwrap();
+    assert!(matches!(begun[..], [Begun::Run, Begun::Busy(_), Begun::Busy(_)]), "{begun:?}");
+    settle(&source, &taken[..1], Verdict::Ack).await;
+    let begun = source.begin(vec![(taken[1].lease, "same".into())], PATIENCE).await.unwrap();
+    assert_eq!(begun, [Begun::Duplicate]);
+}
+
+/// What need not be remembered any more is removed, of groups and of what was published.
+#[tokio::test]
+async fn forgotten_keys_leave_the_file() {
+    let place = place();
+    let window = Some(Duration::from_millis(1));
+    let bus = open_with(&place.path, Settings { idempotency_window: window, ..settings() }).await;
+    let source = bus.subscribe(spec("one")).await.unwrap();
+    let meta = br#"{"idempotencyKey":"k"}"#;
+    let event = polybus_core::bus::new_event(TYPE, "1".into(), Some(meta), 100).unwrap();
+    bus.publish(vec![Outgoing { event, delay: None, expires_in: None }], PATIENCE).await.unwrap();
+    let taken = take_all(&source, 1).await;
+    let mark = vec![(taken[0].lease, "k".into())];
+    assert_eq!(source.begin(mark, Duration::from_millis(1)).await.unwrap(), [Begun::Run]);
+    settle(&source, &taken, Verdict::Ack).await;
+    let file = rusqlite::Connection::open(&place.path).unwrap();
+    let left = || {
+        let count = "SELECT (SELECT count(*) FROM polybus_marks) + (SELECT count(*) FROM polybus_published)";
+        file.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    let gone = async {
+        while left() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("the file forgets");
 }

@@ -24,6 +24,7 @@ pub fn settings() -> Settings {
         max_age: None,
         max_events: None,
         confirm: Confirm::Memory,
+        idempotency_window: None,
         partitions: None,
         max_payload_bytes: 1 << 20,
         publish_buffer_bytes: None,

@@ -34,6 +34,11 @@ export async function untyped(): Promise<void> {
   })
   await using running = await bus.start()
   const receipt = await running.publish('order.created', { orderId: 'o-1' }, { partitionKey: 'o-1' })
+  const duplicate: boolean | undefined = receipt.duplicate
+  await bus.subscribe('x', (event) => event.payload, {
+    name: 'x',
+    idempotent: (event) => (duplicate ? event.meta.id : null),
+  })
   const sub = await bus.subscribe('*.*.delete', async function audit() {}, {
     name: 'audit',
     start: new Date(),

@@ -94,7 +94,9 @@ async def main() -> None:
     await bus.publish(Event.create("x"), {"a": 1})  # type: ignore[call-overload]
     await bus.publish("x", partition=3)  # type: ignore[call-overload]
     assert_type(await bus.publish_many([Event.create("x")]), list[Receipt])
-    subscription = await bus.subscribe("*.*.delete", send_mail, name="audit")
+    assert_type((await bus.publish("x", 1, idempotency_key="k")).duplicate, bool)
+    await bus.subscribe("x", send_mail, idempotent=lambda event: event.payload["id"], idempotent_retention=60)
+    subscription = await bus.subscribe("*.*.delete", send_mail, name="audit", idempotent=True)
     await bus.subscribe("x", many, batch=True, breaker={"threshold": 5, "recovery": 30})
     assert_type(subscription, Subscription)
     assert_type(await subscription.stats(), SubscriptionStats)

@@ -67,6 +67,7 @@ impl World {
         let settings = Settings {
             publish_buffer_bytes: None,
             when_full: WhenFull::default(),
+            idempotency_window: None,
             bus: format!("{}-default", self.name).into(),
             durability: Durability::Off,
             retention: None,

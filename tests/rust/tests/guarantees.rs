@@ -25,6 +25,8 @@ fn words(capability: &str) -> &'static str {
         "broadcast" => "`broadcast`: a copy for each process",
         "ordered" => "`ordered`: the events of one partition key in order",
         "request" => "`request` and `respond`",
+        "idempotent" => "`idempotent`: a key is handled once",
+        "publish_dedupe" => "an `idempotency_key` is published once",
         other => panic!("say in docs/guarantees.md what {other} is: add it to {}", file!()),
     }
 }

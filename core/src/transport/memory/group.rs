@@ -7,9 +7,10 @@ use std::time::{Duration, SystemTime};
 use ahash::AHashMap;
 use tokio::sync::Notify;
 
+use super::marks::Marks;
 use crate::delivery::{Body, Delivery, Lease};
 use crate::event::{Event, Text};
-use crate::transport::{GroupSpec, GroupStats, Rest};
+use crate::transport::{Begun, GroupSpec, GroupStats, Rest};
 
 /// An event on its way through one group.
 #[derive(Debug, Clone)]
@@ -49,6 +50,7 @@ pub(super) struct Group {
     /// Published and not finished, whatever its state.
     pub load: Load,
     expired: u64,
+    marks: Marks,
 }
 
 /// How much there is.
@@ -77,6 +79,7 @@ impl Group {
             resting: AHashMap::new(),
             load: Load::default(),
             expired: 0,
+            marks: Marks::default(),
         }
     }
 
@@ -152,28 +155,62 @@ impl Group {
         }
     }
 
-    pub fn ack(&mut self, lease: Lease) -> Option<Ended> {
+    /// Marks the keys of what is leased.
+    pub fn begin(&mut self, wanted: Vec<(Lease, Text)>, keep: Duration, now: Duration) -> Vec<Begun> {
+        let leased = &self.leased;
+        let lives = |lease: Lease| leased.get(&lease.position).is_some_and(|leased| leased.token == lease.token);
+        wanted.into_iter().map(|(lease, key)| self.marks.begin(lease, key, keep, now, lives)).collect()
+    }
+
+    /// Ends the mark of a delivery; those that wait for its key are ready.
+    fn unmark(&mut self, lease: Lease, handled: bool, now: Duration) {
+        for place in self.marks.end(lease, handled, now) {
+            if let Some(pending) = self.waiting.remove(&place) {
+                self.ready.push_front(pending);
+                self.wake.notify_one();
+            }
+        }
+    }
+
+    /// Done with it. What was not `handled` may come again under the same key.
+    pub fn ack(&mut self, lease: Lease, handled: bool, now: Duration) -> Option<Ended> {
         let pending = self.end(lease)?;
         self.finish(&pending);
+        self.unmark(lease, handled, now);
         Some(Ended::Gone)
     }
 
-    pub fn retry(&mut self, lease: Lease, due: Duration, wall: SystemTime) -> Option<Ended> {
+    pub fn postpone(&mut self, lease: Lease, due: Duration) -> Option<Ended> {
         let mut pending = self.end(lease)?;
+        pending.attempts -= 1;
+        if self.marks.block(lease, (due, pending.position)) {
+            self.waiting.insert((due, pending.position), pending);
+        } else {
+            self.ready.push_front(pending);
+        }
+        self.wake.notify_one();
+        Some(Ended::Gone)
+    }
+
+    pub fn retry(&mut self, lease: Lease, due: Duration, now: Duration, wall: SystemTime) -> Option<Ended> {
+        let mut pending = self.end(lease)?;
+        self.unmark(lease, false, now);
         pending.first_failed.get_or_insert(wall);
         self.waiting.insert((due, pending.position), pending);
         self.wake.notify_one();
         Some(Ended::Gone)
     }
 
-    pub fn bury(&mut self, lease: Lease) -> Option<Ended> {
+    pub fn bury(&mut self, lease: Lease, now: Duration) -> Option<Ended> {
         let pending = self.end(lease)?;
+        self.unmark(lease, false, now);
         self.finish(&pending);
         Some(Ended::Dead(pending))
     }
 
-    pub fn release(&mut self, lease: Lease) -> Option<Ended> {
+    pub fn release(&mut self, lease: Lease, now: Duration) -> Option<Ended> {
         let mut pending = self.end(lease)?;
+        self.unmark(lease, false, now);
         pending.attempts -= 1;
         self.ready.push_front(pending);
         self.wake.notify_one();
@@ -181,13 +218,13 @@ impl Group {
     }
 
     /// Hands back all that `owner` holds, oldest first in the queue.
-    pub fn release_all(&mut self, owner: u64) {
+    pub fn release_all(&mut self, owner: u64, now: Duration) {
         let held = self.leased.iter().filter(|(_, leased)| leased.owner == owner);
         let mut held: Vec<_> =
             held.map(|(position, leased)| Lease { position: *position, token: leased.token }).collect();
         held.sort_unstable_by_key(|lease| std::cmp::Reverse(lease.position));
         for lease in held {
-            self.release(lease);
+            self.release(lease, now);
         }
     }
 

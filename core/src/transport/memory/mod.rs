@@ -6,6 +6,7 @@
 //!   delayed  published with a delay, by due time
 //!   dead     dead letters, by id
 //!   mail     replies to requests, by mailbox, each with its time
+//!   seen     idempotency keys of what was published                       bounded
 //!   groups   each: ready ──take──► leased ──settle──► gone, waiting (by due time), or dead
 //!                    ▲                                   │
 //!                    └───────────────────────────────────┘
@@ -18,6 +19,8 @@
 
 mod group;
 mod mail;
+mod marks;
+mod seen;
 mod store;
 
 use std::collections::HashMap;
@@ -25,8 +28,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::{
-    Capabilities, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Rest, Result, Settings, Settlement,
-    Source, Task, Transport,
+    Begun, Capabilities, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Rest, Result, Settings,
+    Settlement, Source, Task, Transport,
 };
 use bytes::Bytes;
 
@@ -61,6 +64,7 @@ pub(super) fn open(name: &str, settings: &Settings) -> Result<Arc<dyn Transport>
 pub struct Memory {
     store: Arc<Store>,
     limit: Limit,
+    settings: Arc<Settings>,
     sources: Mutex<Vec<Weak<MemorySource>>>,
 }
 
@@ -68,14 +72,14 @@ type Named = HashMap<(String, Text), Weak<Store>>;
 
 impl Memory {
     fn open(name: &str, settings: &Settings) -> Self {
-        let (bus, clock) = (&settings.bus, settings.clock.clone());
+        let clock = settings.clock.clone();
         static NAMED: PerProcess<Mutex<Named>> = PerProcess::new();
         let store = if name.is_empty() {
             Arc::new(Store::new(clock))
         } else {
             let mut named = NAMED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
             named.retain(|_, store| store.strong_count() > 0);
-            let key = (name.to_owned(), bus.clone());
+            let key = (name.to_owned(), settings.bus.clone());
             named.get(&key).and_then(Weak::upgrade).unwrap_or_else(|| {
                 let store = Arc::new(Store::new(clock));
                 named.insert(key, Arc::downgrade(&store));
@@ -83,7 +87,7 @@ impl Memory {
             })
         };
         let limit = Limit::new(settings.publish_buffer_bytes, settings.when_full);
-        Self { store, limit, sources: Mutex::default() }
+        Self { store, limit, settings: Arc::new(settings.clone()), sources: Mutex::default() }
     }
 }
 
@@ -100,6 +104,8 @@ impl Transport for Memory {
             broadcast: true,
             ordered: true,
             request: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 
@@ -115,8 +121,13 @@ impl Transport for Memory {
     }
 
     fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
+        let (store, limit, settings) = (self.store.clone(), self.limit, self.settings.clone());
+        Box::pin(async move { store.publish(batch, limit, timeout, |event| settings.once(event)).await })
+    }
+
+    fn repeat(&self, batch: Vec<Outgoing>) -> Task<Result<Vec<Receipt>>> {
         let (store, limit) = (self.store.clone(), self.limit);
-        Box::pin(async move { store.publish(batch, limit, timeout).await })
+        Box::pin(async move { store.publish(batch, limit, Duration::ZERO, |_| None).await })
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {
@@ -214,6 +225,10 @@ impl Source for MemorySource {
 
     fn settle(&self, settlements: Vec<Settlement>) -> Task<Result<Vec<Lease>>> {
         Box::pin(std::future::ready(Ok(self.store.settle(&self.group, settlements))))
+    }
+
+    fn begin(&self, wanted: Vec<(Lease, Text)>, keep: Duration) -> Task<Result<Vec<Begun>>> {
+        Box::pin(std::future::ready(Ok(self.store.begin(&self.group, wanted, keep))))
     }
 
     fn heartbeat(&self, held: Vec<Lease>) -> Task<Result<Vec<Lease>>> {

@@ -10,13 +10,14 @@ use tokio::sync::Notify;
 
 use super::group::{Ended, Group, Load, Pending};
 use super::mail::Mail;
+use super::seen::Seen;
 use crate::clock::Clock;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::Text;
+use crate::event::{Event, Text};
 use crate::pattern::PatternIndex;
-use crate::transport::{GroupSpec, GroupStats, Outgoing, Receipt, Rest, Settlement, Start, WhenFull, disagrees};
+use crate::transport::{Begun, GroupSpec, GroupStats, Outgoing, Receipt, Rest, Settlement, Start, WhenFull, disagrees};
 
 /// Events kept for groups that start in the past.
 pub(super) const HISTORY: usize = 10_000;
@@ -84,6 +85,7 @@ struct State {
     routes: PatternIndex<u64>,
     dead: BTreeMap<u64, Buried>,
     next_dead: u64,
+    seen: Seen,
     /// Of all groups together.
     load: Load,
     /// Payload bytes in the log.
@@ -113,7 +115,14 @@ impl Store {
         matched.iter().filter_map(|id| state.groups.get(id)).any(|group| group.spec.responder && group.members > 0)
     }
 
-    pub async fn publish(&self, batch: Vec<Outgoing>, limit: Limit, timeout: Duration) -> Result<Vec<Receipt>> {
+    /// `once` names the key of what is published once, and for how long it is remembered.
+    pub async fn publish(
+        &self,
+        batch: Vec<Outgoing>,
+        limit: Limit,
+        timeout: Duration,
+        once: impl Fn(&Event) -> Option<(Text, Duration)>,
+    ) -> Result<Vec<Receipt>> {
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
             let room = self.ended.notified();
@@ -121,7 +130,11 @@ impl Store {
                 let mut state = self.state();
                 if state.has_room(batch.len(), limit.bytes) {
                     let now = self.clock.elapsed();
-                    return Ok(batch.into_iter().map(|outgoing| state.accept(outgoing, now)).collect());
+                    let accept = |outgoing: Outgoing| match once(&outgoing.event) {
+                        None => state.accept(outgoing, now),
+                        Some((key, window)) => state.accept_once(outgoing, key, window, now),
+                    };
+                    return Ok(batch.into_iter().map(accept).collect());
                 }
                 state.load
             };
@@ -186,10 +199,12 @@ impl Store {
         let mut lost = Vec::new();
         for Settlement { lease, verdict } in settlements {
             let ended = state.on(member.group, |group| match &verdict {
-                Verdict::Ack => group.ack(lease),
-                Verdict::Retry { after, .. } => group.retry(lease, now.saturating_add(*after), wall),
-                Verdict::Release => group.release(lease),
-                Verdict::DeadLetter { .. } => group.bury(lease),
+                Verdict::Ack => group.ack(lease, true, now),
+                Verdict::Drop => group.ack(lease, false, now),
+                Verdict::Retry { after, .. } => group.retry(lease, now.saturating_add(*after), now, wall),
+                Verdict::Release => group.release(lease, now),
+                Verdict::Postpone { after } => group.postpone(lease, now.saturating_add(*after)),
+                Verdict::DeadLetter { .. } => group.bury(lease, now),
             });
             let ended = ended.flatten();
             match (ended, verdict) {
@@ -216,6 +231,13 @@ impl Store {
         self.ended.notify_waiters();
     }
 
+    /// In a group that was deleted everything may run: the verdict will be refused.
+    pub fn begin(&self, member: &Member, wanted: Vec<(Lease, Text)>, keep: Duration) -> Vec<Begun> {
+        let (now, count) = (self.clock.elapsed(), wanted.len());
+        let begun = self.state().on(member.group, |group| group.begin(wanted, keep, now));
+        begun.unwrap_or_else(|| vec![Begun::Run; count])
+    }
+
     pub fn lost(&self, member: &Member, mut held: Vec<Lease>) -> Vec<Lease> {
         let state = self.state();
         let group = state.groups.get(&member.group);
@@ -226,7 +248,7 @@ impl Store {
     pub fn leave(&self, member: &Member) {
         let mut state = self.state();
         let Some(group) = state.groups.get_mut(&member.group) else { return };
-        group.release_all(member.owner);
+        group.release_all(member.owner, self.clock.elapsed());
         group.resting.remove(&member.owner);
         group.members -= 1;
         if member.broadcast {
@@ -300,6 +322,15 @@ impl State {
         self.load.events == 0 || (self.load.events + wanted <= CAPACITY && self.load.bytes < bytes)
     }
 
+    fn accept_once(&mut self, outgoing: Outgoing, key: Text, window: Duration, now: Duration) -> Receipt {
+        if let Some(first) = self.seen.first(&key, now) {
+            return Receipt { duplicate: true, ..first };
+        }
+        let receipt = self.accept(outgoing, now);
+        self.seen.add(key, receipt.clone(), now, window);
+        receipt
+    }
+
     fn accept(&mut self, outgoing: Outgoing, now: Duration) -> Receipt {
         self.position += 1;
         let (id, position) = (outgoing.event.meta.id.clone(), self.position);
@@ -307,11 +338,11 @@ impl State {
             Some(delay) if !delay.is_zero() => {
                 self.delayed.insert((now.saturating_add(delay), position), outgoing);
                 self.groups.values().for_each(|group| group.wake.notify_one()); // an earlier timer for one of them
-                Receipt { id, position: None }
+                Receipt { id, position: None, duplicate: false }
             }
             _ => {
                 self.route(position, outgoing, now);
-                Receipt { id, position: Some(position.to_string().into()) }
+                Receipt { id, position: Some(position.to_string().into()), duplicate: false }
             }
         }
     }

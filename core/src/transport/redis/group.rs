@@ -188,6 +188,8 @@ pub(super) async fn delete(partitions: &[Arc<Partition>], group: &str) -> Result
             &own.work,
             &own.dead,
             &own.lanes,
+            &own.marks,
+            &own.handling,
         ]);
         command.arg(group);
         let answer = partition.work.script(&scripts::DELETE, &command, partition.patience()).await?;

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use super::marks::Mark;
 use super::partition::lock;
 use super::value::Id;
 use crate::codec;
@@ -40,6 +41,8 @@ pub(super) struct Held {
     pub first_failed: Option<i64>,
     /// By our boot clock: until then nobody else can have taken it.
     pub until: i64,
+    /// Of an idempotent subscription.
+    pub mark: Option<Box<Mark>>,
 }
 
 /// Shared by the members of a subscription.
@@ -95,6 +98,18 @@ impl Hold {
         let held = lock(&self.held);
         let ours = held.iter().filter(|(_, held)| held.partition == partition);
         ours.map(|(position, held)| (Lease { position: *position, token: 1 }, held.place.clone())).collect()
+    }
+
+    /// The key of a delivery that we hold is marked, or perhaps.
+    pub fn mark(&self, lease: Lease, mark: Option<Mark>) {
+        if let Some(held) = lock(&self.held).get_mut(&lease.position) {
+            held.mark = mark.map(Box::new);
+        }
+    }
+
+    /// All keys that we handle.
+    pub fn marks(&self) -> Vec<Mark> {
+        lock(&self.held).values().filter_map(|held| held.mark.as_deref().cloned()).collect()
     }
 
     pub fn all(&self) -> Vec<Lease> {

@@ -119,6 +119,7 @@ impl Member {
             redelivered: count > 1,
             first_failed: None,
             until: sent + self.lease,
+            mark: None,
         };
         self.hold.add(held, self.max_payload, codec_name.as_deref());
     }
@@ -150,6 +151,7 @@ impl Member {
                 redelivered: true,
                 first_failed: value::text(failed)?.parse().ok(),
                 until: sent + self.lease,
+                mark: None,
             };
             self.hold.add(held, self.max_payload, None);
         }

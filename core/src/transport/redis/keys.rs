@@ -29,6 +29,10 @@ pub(super) struct GroupKeys {
     pub dead: String,
     /// Of an ordered group: what waits for an earlier event of its key.
     pub lanes: String,
+    /// Keys that idempotent subscriptions handle or have handled, by the time at which they are forgotten.
+    pub marks: String,
+    /// Who handles a key.
+    pub handling: String,
 }
 
 impl Keys {
@@ -68,9 +72,22 @@ impl Keys {
         format!("{}:mail:{mailbox}", self.prefix)
     }
 
+    /// What was published under an idempotency key.
+    pub fn seen(&self, key: &str) -> String {
+        format!("{}:seen:{key}", self.prefix)
+    }
+
     pub fn group(&self, group: &str) -> GroupKeys {
         let key = |name: &str| format!("{}:{name}:{group}", self.prefix);
-        GroupKeys { retry: key("retry"), held: key("held"), work: key("work"), dead: key("dead"), lanes: key("lanes") }
+        GroupKeys {
+            retry: key("retry"),
+            held: key("held"),
+            work: key("work"),
+            dead: key("dead"),
+            lanes: key("lanes"),
+            marks: key("marks"),
+            handling: key("handling"),
+        }
     }
 }
 

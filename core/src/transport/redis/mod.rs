@@ -6,7 +6,7 @@
 //! | [`address`], [`link`], [`fault`], [`value`] | from the URL to a connection that comes back; what errors and answers mean |
 //! | [`keys`], [`scripts`] | the names of the keys; the atomic steps inside the server |
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
-//! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
+//! | [`publish`], [`member`], [`intake`], [`hold`], [`marks`], [`settle`], [`source`] | the way of an event, in this order |
 //! | [`ordered`] | the same way in a group that keeps order per partition key |
 //! | [`mail`] | replies to requests, and who answers them |
 //! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
@@ -28,6 +28,7 @@ mod intake;
 mod keys;
 mod link;
 mod mail;
+mod marks;
 mod member;
 mod ordered;
 mod partition;
@@ -172,7 +173,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, &self.room, batch, deadline).await
+        publish::publish(&self.partitions, &self.room, batch, deadline, &self.settings).await
     }
 
     async fn close(&self) {
@@ -253,6 +254,8 @@ impl Transport for Redis {
             broadcast: true,
             ordered: true,
             request: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 

@@ -109,6 +109,7 @@ impl Member {
                 redelivered: value::number(next(redelivered))? == 1,
                 first_failed: value::text(next(failed))?.parse().ok(),
                 until: sent + self.lease,
+                mark: None,
             };
             let codec = Some(value::bytes(next(codec))?).filter(|codec| !codec.is_empty());
             if self.wants(&held.event_type) {

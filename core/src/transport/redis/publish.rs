@@ -2,7 +2,8 @@
 //!
 //! Each partition has one task that stores ([`Publisher`]). What is published while a write is under way goes together
 //! with the next one: concurrent publishers share round trips without doing anything, and share the waiting for a disk or
-//! a replica. What is delayed or expires goes through the script `later`, because only the server knows its time.
+//! a replica. What is delayed or expires goes through the script `later`, because only the server knows its time, and what
+//! has an idempotency key through `once`.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -22,7 +23,7 @@ use crate::codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
 use crate::transport::room::Room;
-use crate::transport::{Confirm, Outgoing, Receipt, time};
+use crate::transport::{Confirm, Outgoing, Receipt, Settings, time};
 
 /// Before something is repeated that the server refused because it starts or fails over.
 const AGAIN: Duration = Duration::from_millis(50);
@@ -37,6 +38,8 @@ struct Row {
     id: Text,
     event_type: Text,
     key: Option<Text>,
+    /// The idempotency key, and how long it is remembered, in milliseconds.
+    once: Option<(Text, i64)>,
     bytes: Bytes,
     /// Milliseconds.
     delay: Option<i64>,
@@ -203,14 +206,17 @@ pub(super) async fn publish(
     room: &Room,
     batch: Vec<Outgoing>,
     deadline: Instant,
+    settings: &Settings,
 ) -> Result<Vec<Receipt>> {
     let count = batch.len();
     let mut parts: Vec<Vec<Row>> = partitions.iter().map(|_| Vec::new()).collect();
     let mut bytes = 0;
     for (index, outgoing) in batch.into_iter().enumerate() {
-        let row = row(index, outgoing)?;
+        let row = row(index, outgoing, settings)?;
         bytes += row.bytes.len();
-        parts[partition_of(row.key.as_deref(), partitions.len() as u32) as usize].push(row);
+        // An idempotency key is remembered where its event is: it decides, unless a partition key does.
+        let key = row.key.as_ref().or_else(|| row.once.as_ref().map(|(key, _)| key));
+        parts[partition_of(key.map(|key| &**key), partitions.len() as u32) as usize].push(row);
     }
     let room = Arc::new(room.enter(count, bytes, deadline).await?);
     let (mut receipts, mut failures) = (vec![None; count], Vec::new());
@@ -222,9 +228,11 @@ pub(super) async fn publish(
     });
     for (rows, stored) in futures_util::future::join_all(stored).await {
         match stored {
-            Ok(positions) => {
-                for (row, position) in rows.iter().zip(positions) {
-                    receipts[row.index] = Some(Receipt { id: row.id.clone(), position });
+            Ok(stored) => {
+                for (row, Stored { position, first }) in rows.iter().zip(stored) {
+                    let duplicate = first.is_some();
+                    let id = first.unwrap_or_else(|| row.id.clone());
+                    receipts[row.index] = Some(Receipt { id, position, duplicate });
                 }
             }
             Err(error) => failures.extend(rows.iter().map(|row| (row.index, error.clone()))),
@@ -242,12 +250,13 @@ pub(super) async fn publish(
     Err(Error::new(error.kind(), message).listing(failures))
 }
 
-fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing) -> Result<Row> {
+fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing, settings: &Settings) -> Result<Row> {
     Ok(Row {
         index,
         id: event.meta.id.clone(),
         event_type: event.event_type.text().clone(),
         key: event.meta.partition_key.clone(),
+        once: settings.once(&event).map(|(key, window)| (key, time::millis(window).max(1))),
         bytes: codec::encode(&event)?.into(),
         delay: delay.filter(|delay| !delay.is_zero()).map(time::millis),
         expires_in: expires_in.map(time::millis),
@@ -257,7 +266,7 @@ fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing) -> Result<
 fn command(partition: &Partition, row: &Row) -> Cmd {
     let keys = &partition.keys;
     let key = row.key.as_deref();
-    if row.delay.is_none() && row.expires_in.is_none() {
+    if row.once.is_none() && row.delay.is_none() && row.expires_in.is_none() {
         let mut add = redis::cmd("XADD");
         add.arg(&keys.events).arg("*").arg("t").arg(&*row.event_type).arg("e").arg(&row.bytes[..]);
         if let Some(key) = key {
@@ -265,42 +274,60 @@ fn command(partition: &Partition, row: &Row) -> Cmd {
         }
         return add;
     }
-    let mut later =
-        scripts::LATER.call_by_text(&[&keys.events, &keys.delayed, &keys.delayed_data, &keys.meta, &keys.bell]);
+    let store = [&*keys.events, &*keys.delayed, &*keys.delayed_data, &*keys.meta, &*keys.bell];
+    let mut later = match &row.once {
+        None => scripts::LATER.call_by_text(&store),
+        Some((once, window)) => {
+            let seen = keys.seen(once);
+            let mut command = scripts::ONCE.call_by_text(&[&[&*seen], &store[..]].concat());
+            command.arg(*window).arg(&*row.id);
+            command
+        }
+    };
     let number = |ms: Option<i64>| ms.map_or(String::new(), |ms| ms.to_string());
     later.arg(number(row.delay)).arg(number(row.expires_in));
     later.arg(&*row.event_type).arg(&row.bytes[..]).arg(key.unwrap_or_default());
     later
 }
 
-/// Stores what belongs to one partition. The positions, in order.
+/// Where an event is, or the one that was published before under its key, and that one's id.
+struct Stored {
+    position: Option<Text>,
+    first: Option<Text>,
+}
+
+/// Stores what belongs to one partition. What became of each, in order.
 async fn store(
     partition: &Partition,
     rows: Arc<Vec<Row>>,
     room: Arc<OwnedSemaphorePermit>,
     deadline: Instant,
     several: bool,
-) -> Result<Vec<Option<Text>>> {
+) -> Result<Vec<Stored>> {
     let answers = partition.publisher.store(rows, room, deadline).await?;
-    let position = |answer: Value| -> Result<Option<Text>> {
+    let stored = |answer: Value| -> Result<Stored> {
+        let mut first = None;
         let id = match answer {
             Value::Array(parts) => {
                 let mut parts = parts.into_iter();
                 let (id, due) = (parts.next(), parts.next());
-                match due.map(value::number).transpose()? {
-                    Some(due) if due > 0 => {
-                        partition.delayed_until(due);
-                        return Ok(None);
-                    }
-                    _ => id.unwrap_or(Value::Nil),
+                if let Some(due @ 1..) = due.map(value::number).transpose()? {
+                    partition.delayed_until(due);
                 }
+                first = parts.next().map(value::text).transpose()?.filter(|id| !id.is_empty());
+                id.unwrap_or(Value::Nil)
             }
             answer => answer,
         };
         let id = value::text(id)?;
-        Ok(Some(if several { format!("{}:{id}", partition.number).into() } else { id.into() }))
+        let position = match several {
+            _ if id.is_empty() => None,
+            true => Some(format!("{}:{id}", partition.number).into()),
+            false => Some(id.into()),
+        };
+        Ok(Stored { position, first: first.map(Into::into) })
     };
-    answers.into_iter().map(position).collect()
+    answers.into_iter().map(stored).collect()
 }
 
 fn add(commands: &mut Pipeline, partition: &Partition, rows: &[Row]) {
@@ -367,7 +394,7 @@ pub(super) fn explain(failure: Failure) -> Error {
         return failure.error;
     }
     let message = format!(
-        "the event was sent and not confirmed, it may or may not be stored ({}); publish it again if a duplicate does no harm",
+        "the event was sent and not confirmed, it may or may not be stored ({}); publish it again if a duplicate does no harm, or with an idempotency key",
         failure.error.message()
     );
     Error::new(ErrorKind::PublishUnknown, message).caused_by(failure.error)

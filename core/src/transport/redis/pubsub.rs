@@ -79,6 +79,11 @@ pub(in crate::transport) fn open(rest: &str, settings: Settings) -> Task<Result<
                 "redis+pubsub:// keeps nothing, and the options demand that it does; use redis://",
             ));
         }
+        if settings.idempotency_window.is_some_and(|window| !window.is_zero()) {
+            return Err(Error::unsupported(
+                "redis+pubsub:// keeps nothing, not even the keys of what was published; leave out the idempotency window, or use redis://",
+            ));
+        }
         let server = Arc::new(Server::new(address?));
         let prefix = format!("polybus:{{{}}}:", settings.bus);
         let link = Link::new(server.clone(), prefix.clone());
@@ -142,7 +147,7 @@ impl Shared {
             let event_bytes = codec::encode(event)?;
             bytes += event_bytes.len();
             commands.cmd("PUBLISH").arg(channel).arg(event_bytes);
-            receipts.push(Receipt { id: event.meta.id.clone(), position: None });
+            receipts.push(Receipt { id: event.meta.id.clone(), position: None, duplicate: false });
         }
         if atomic {
             commands.cmd("EXEC");
@@ -384,6 +389,8 @@ impl Transport for PubSub {
             broadcast: true,
             ordered: false,
             request: false,
+            idempotent: false,
+            publish_dedupe: false,
         }
     }
 

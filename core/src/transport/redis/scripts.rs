@@ -63,6 +63,8 @@ scripts! {
     CLAIM = "claim",
     SKIP = "skip",
     LATER = "later",
+    ONCE = "once",
+    MARK = "mark",
     PROMOTE = "promote",
     REPLAY = "replay",
     FORGET = "forget",

@@ -5,10 +5,11 @@
 //! Everything else goes through the script `settle`, which looks before it acts. (A plain XACK that comes too late all
 //! the same loses nothing: the event *was* handled, and the other's acknowledgement will find nothing.)
 
-use redis::{Cmd, Pipeline};
+use redis::{Cmd, Pipeline, Value};
 
 use super::fault::{self, Failure};
 use super::hold::{Held, Place};
+use super::marks::Step;
 use super::member::Member;
 use super::scripts;
 use super::value;
@@ -22,12 +23,31 @@ const MARGIN: i64 = 200;
 impl Member {
     /// Settles what is held in this partition. Returns the leases that were not ours any more.
     pub(super) async fn settle(&self, batch: Vec<(Lease, Held, Verdict)>) -> Result<Vec<Lease>, Failure> {
+        if batch.iter().all(|(_, held, _)| held.mark.is_none()) {
+            return self.settle_together(batch).await;
+        }
+        // Marks are ended in a transaction, and one that a full server refuses must not keep acknowledgements from it.
+        let is_end = |(_, _, verdict): &_| matches!(verdict, Verdict::Ack | Verdict::Drop);
+        let (ends, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(is_end);
+        let mut lost = self.settle_together(ends).await?;
+        lost.extend(self.settle_together(rest).await?);
+        Ok(lost)
+    }
+
+    async fn settle_together(&self, batch: Vec<(Lease, Held, Verdict)>) -> Result<Vec<Lease>, Failure> {
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
         let safe_until = time::boot_ms() + MARGIN;
         let (mut plain, mut fenced, mut ack) = (Vec::new(), Vec::new(), redis::cmd("XACK"));
         ack.arg(&self.partition.keys.events).arg(&*self.group);
+        let mut marks = Vec::new();
         for (lease, held, verdict) in batch {
+            if let Some(mark) = held.mark.as_deref().filter(|mark| mark.partition == self.index) {
+                marks.push((Step::of(&verdict), mark.clone()));
+            }
             match (&held.place, &verdict) {
-                (Place::Pending { id, .. }, Verdict::Ack) if held.until > safe_until => {
+                (Place::Pending { id, .. }, Verdict::Ack | Verdict::Drop) if held.until > safe_until => {
                     ack.arg(id.to_string());
                     plain.push(lease);
                 }
@@ -36,6 +56,10 @@ impl Member {
         }
         let mut commands = Pipeline::new();
         commands.ignore_errors();
+        if !marks.is_empty() {
+            commands.cmd("MULTI");
+            commands.add_command(self.mark_command(&marks));
+        }
         if !plain.is_empty() {
             commands.add_command(ack);
         }
@@ -43,8 +67,18 @@ impl Member {
         if let Some(script) = &script {
             commands.add_command(script.clone());
         }
-        let mut answers = self.partition.work.run_all(&commands, self.partition.patience()).await?.into_iter();
-        let mut answer = || answers.next().map_or(Ok(redis::Value::Nil), fault::check);
+        if !marks.is_empty() {
+            commands.cmd("EXEC");
+        }
+        let mut answers = self.partition.work.run_all(&commands, self.partition.patience()).await?;
+        if !marks.is_empty() {
+            answers = executed(answers)?;
+        }
+        let mut answers = answers.into_iter();
+        let mut answer = || answers.next().map_or(Ok(Value::Nil), fault::check);
+        if !marks.is_empty() {
+            answer()?;
+        }
         let mut lost = Vec::new();
         if !plain.is_empty() {
             let acked = usize::try_from(value::number(answer()?)?).unwrap_or(0);
@@ -65,7 +99,7 @@ impl Member {
             }
             self.done(&fenced.iter().map(|(lease, ..)| *lease).collect::<Vec<_>>());
             let retries = fenced.iter().filter_map(|(_, _, verdict)| match verdict {
-                Verdict::Retry { after, .. } => Some(time::millis(*after)),
+                Verdict::Retry { after, .. } | Verdict::Postpone { after } => Some(time::millis(*after)),
                 Verdict::Release => Some(0),
                 _ => None,
             });
@@ -91,15 +125,17 @@ impl Member {
                 Place::Work { id, token } => command.arg("w").arg(&**id).arg(&**token),
             };
             let (letter, delay, attempt, reason, failure) = match verdict {
-                Verdict::Ack => ("a", 0, held.attempt, "", &none),
+                Verdict::Ack | Verdict::Drop => ("a", 0, held.attempt, "", &none),
                 Verdict::Retry { after, failure } => ("r", time::millis(*after), held.attempt, "", failure),
                 Verdict::Release => ("b", 0, held.attempt.saturating_sub(1), "", &none),
+                Verdict::Postpone { after } => ("l", time::millis(*after), held.attempt.saturating_sub(1), "", &none),
                 Verdict::DeadLetter { reason, failure } => ("d", 0, held.attempt, reason.as_str(), failure),
             };
             command.arg(letter).arg(delay).arg(attempt);
             command.arg(held.first_failed.map_or(String::new(), |at| at.to_string()));
             // What lies in the store of work has its event there; an acknowledgement needs none.
-            let copies = matches!(held.place, Place::Pending { .. }) && !matches!(verdict, Verdict::Ack);
+            let copies =
+                matches!(held.place, Place::Pending { .. }) && !matches!(verdict, Verdict::Ack | Verdict::Drop);
             let event: &[u8] = if copies { &held.event } else { b"" };
             command.arg(&held.event_type[..]).arg(event).arg(reason);
             command.arg(&failure.kind).arg(&failure.message).arg(&failure.stack);
@@ -137,6 +173,16 @@ impl Member {
         lost.into_iter().for_each(|((lease, _), _)| drop(self.hold.remove(lease)));
         Ok(())
     }
+}
+
+/// The answers of a transaction, each of which may be an error.
+fn executed(mut answers: Vec<Value>) -> Result<Vec<Value>, Failure> {
+    let done = answers.pop().unwrap_or(Value::Nil);
+    // The first refusal says why; EXEC would only say that there was one.
+    for queued in answers {
+        fault::check(queued)?;
+    }
+    Ok(value::list(fault::check(done)?)?)
 }
 
 /// Gives back everything of `leases`: for the end of a subscription.

@@ -8,12 +8,15 @@ use tokio::sync::watch;
 
 use super::fault::{Failure, closed};
 use super::hold::Hold;
+use super::keys::partition_of;
+use super::marks::{self, Mark, Step};
 use super::member::Member;
 use super::partition::Partition;
 use super::settle::releases;
 use crate::delivery::{Delivery, Lease};
 use crate::error::{ErrorKind, Result};
-use crate::transport::{GroupSpec, Settlement, Source, Task};
+use crate::event::Text;
+use crate::transport::{Begun, GroupSpec, Settlement, Source, Task, time};
 
 /// How long a delivery may wait here without room for it.
 const HOARD: Duration = Duration::from_millis(50);
@@ -204,11 +207,21 @@ impl Shared {
         let mut lost = Vec::new();
         let leases: Vec<Lease> = settlements.iter().map(|settlement| settlement.lease).collect();
         let mut parts: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
+        let mut elsewhere: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
         for Settlement { lease, verdict } in settlements {
-            match self.hold.get(lease) {
+            let held = self.hold.get(lease);
+            if let Some(held) = &held
+                && let Some(mark) = held.mark.as_deref().filter(|mark| mark.partition != held.partition)
+            {
+                elsewhere[mark.partition].push((Step::of(&verdict), mark.clone()));
+            }
+            match held {
                 Some(held) => parts[held.partition].push((lease, held, verdict)),
                 None => lost.push(lease),
             }
+        }
+        for (member, marks) in self.members.iter().zip(&elsewhere) {
+            member.mark(marks).await?;
         }
         let mut failure = None;
         for (member, part) in self.members.iter().zip(parts) {
@@ -227,12 +240,52 @@ impl Shared {
         Err(error.listing(left))
     }
 
+    async fn begin(&self, wanted: Vec<(Lease, Text)>, keep: Duration) -> Result<Vec<Begun>> {
+        // What is not held any more must not run either; its verdict will find that out.
+        let mut begun = vec![Begun::Busy(Duration::ZERO); wanted.len()];
+        let mut parts: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
+        for (index, (lease, key)) in wanted.into_iter().enumerate() {
+            let Some(held) = self.hold.get(lease) else { continue };
+            let mark = Mark {
+                partition: partition_of(Some(&key), self.members.len() as u32) as usize,
+                token: format!("{}-{}", self.members[held.partition].consumer, lease.position).into(),
+                delivery: marks::delivery(&held),
+                keep: time::millis(keep),
+                key,
+            };
+            // Before it is sent: if the answer is lost, the verdict will end the mark.
+            self.hold.mark(lease, Some(mark.clone()));
+            parts[mark.partition].push((index, lease, mark));
+        }
+        for (member, part) in self.members.iter().zip(parts) {
+            let marks: Vec<_> = part.iter().map(|(_, _, mark)| (Step::Begin, mark.clone())).collect();
+            for ((index, lease, _), answer) in part.into_iter().zip(member.mark(&marks).await?) {
+                begun[index] = match answer {
+                    0 => Begun::Run,
+                    -1 => Begun::Duplicate,
+                    since => Begun::Busy(Duration::from_millis((since - 1).max(0).unsigned_abs())),
+                };
+                if begun[index] != Begun::Run {
+                    self.hold.mark(lease, None);
+                }
+            }
+        }
+        Ok(begun)
+    }
+
     async fn heartbeat(&self, held: &[Lease]) -> Result<Vec<Lease>> {
         for member in &self.members {
             if !*self.closed.borrow() {
                 member.be_there().await?;
             }
             member.heartbeat().await?;
+        }
+        let mut renew: Vec<Vec<_>> = self.members.iter().map(|_| Vec::new()).collect();
+        for mark in self.hold.marks() {
+            renew[mark.partition].push((Step::Renew, mark));
+        }
+        for (member, marks) in self.members.iter().zip(&renew) {
+            member.mark(marks).await?;
         }
         Ok(held.iter().filter(|lease| self.hold.get(**lease).is_none()).copied().collect())
     }
@@ -289,6 +342,14 @@ impl Source for GroupSource {
                 settled
             });
             settled.await.unwrap_or_else(|_| Err(closed())).map_err(|cause| cause.during("settle"))
+        })
+    }
+
+    fn begin(&self, wanted: Vec<(Lease, Text)>, keep: Duration) -> Task<Result<Vec<Begun>>> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            let begun = crate::process::current().runtime.spawn(async move { shared.begin(wanted, keep).await });
+            begun.await.unwrap_or_else(|_| Err(closed())).map_err(|cause| cause.during("begin"))
         })
     }
 

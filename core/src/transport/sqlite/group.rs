@@ -129,7 +129,7 @@ pub(super) fn stats(connection: &Connection, bus: i64, name: &str) -> Result<Gro
 /// Forgets the group with all that is its own. Returns whether it existed.
 pub(super) fn delete(tx: &Connection, bus: i64, name: &str) -> Result<bool> {
     let Some(group) = find(tx, bus, name)? else { return Ok(false) };
-    for table in ["deliveries", "owners", "dead", "responders"] {
+    for table in ["deliveries", "owners", "dead", "responders", "marks"] {
         tx.execute(&format!("DELETE FROM polybus_{table} WHERE group_id = ?1"), [group])?;
     }
     tx.execute("DELETE FROM polybus_groups WHERE id = ?1", [group])?;

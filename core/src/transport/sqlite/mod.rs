@@ -6,7 +6,7 @@
 //! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
-//! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`publish`], [`claim`], [`marks`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
 //! | [`mail`] | replies to requests, and who answers them |
 //! | [`source`], [`broadcast`] | the two kinds of subscription |
 //!
@@ -29,6 +29,7 @@ mod job;
 mod lane;
 mod lock;
 mod mail;
+mod marks;
 mod publish;
 mod retention;
 mod schema;
@@ -163,7 +164,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = tokio::time::Instant::now() + timeout.min(FOR_EVER);
-        let (rows, bytes) = publish::encode(&batch)?;
+        let (rows, bytes) = publish::encode(&batch, &self.settings)?;
         drop(batch);
         let (bus, count) = (self.bus, rows.len());
         let insert = move |tx: &rusqlite::Connection| Ok(Made::ring(publish::insert(tx, bus, &rows)?));
@@ -243,6 +244,8 @@ impl Transport for Sqlite {
             broadcast: true,
             ordered: true,
             request: true,
+            idempotent: true,
+            publish_dedupe: true,
         }
     }
 

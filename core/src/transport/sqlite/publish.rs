@@ -1,17 +1,24 @@
 //! Storing events.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 
 use super::clock;
 use crate::codec;
 use crate::error::Result;
 use crate::event::Text;
-use crate::transport::{Outgoing, Receipt};
+use crate::transport::{Outgoing, Receipt, Settings};
+
+/// Under which key the event is published once, and for how long that is remembered, in milliseconds.
+struct Once {
+    key: Text,
+    window: i64,
+}
 
 /// An event, encoded on the caller's task so that the writer thread only writes.
 pub(super) struct Row {
     id: Text,
     event_type: Text,
+    once: Option<Once>,
     bytes: Vec<u8>,
     /// Milliseconds from the commit.
     delay: Option<i64>,
@@ -19,7 +26,7 @@ pub(super) struct Row {
 }
 
 /// The batch, encoded, and the sum of its bytes. One event that cannot be encoded fails the batch.
-pub(super) fn encode(batch: &[Outgoing]) -> Result<(Vec<Row>, usize)> {
+pub(super) fn encode(batch: &[Outgoing], settings: &Settings) -> Result<(Vec<Row>, usize)> {
     let mut total = 0;
     let mut rows = Vec::with_capacity(batch.len());
     for out in batch {
@@ -28,6 +35,7 @@ pub(super) fn encode(batch: &[Outgoing]) -> Result<(Vec<Row>, usize)> {
         rows.push(Row {
             id: out.event.meta.id.clone(),
             event_type: out.event.event_type.text().clone(),
+            once: settings.once(&out.event).map(|(key, window)| Once { key, window: clock::millis(window) }),
             bytes,
             delay: out.delay.filter(|delay| !delay.is_zero()).map(clock::millis),
             expires_in: out.expires_in.map(clock::millis),
@@ -39,13 +47,19 @@ pub(super) fn encode(batch: &[Outgoing]) -> Result<(Vec<Row>, usize)> {
 const APPEND: &str =
     "INSERT INTO polybus_events(seq, bus, published_at, expires_at, type, event) VALUES(?1, ?2, ?3, ?4, ?5, ?6)";
 
-/// Appends the batch to the log, the delayed ones to their table.
+/// Appends the batch to the log, the delayed ones to their table. What was published before under its key is left out.
 pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Receipt>> {
     let now = clock::wall_ms();
     let mut head = head(tx)?;
     let mut append = tx.prepare_cached(APPEND)?;
     let mut receipts = Vec::with_capacity(rows.len());
     for row in rows {
+        if let Some(once) = &row.once
+            && let Some(first) = first(tx, bus, &once.key, now)?
+        {
+            receipts.push(first);
+            continue;
+        }
         let expires_at = row.expires_in.map(|after| now + after);
         let position = match row.delay {
             None => {
@@ -61,9 +75,27 @@ pub(super) fn insert(tx: &Connection, bus: i64, rows: &[Row]) -> Result<Vec<Rece
                 None
             }
         };
-        receipts.push(Receipt { id: row.id.clone(), position: position.map(|at| at.to_string().into()) });
+        if let Some(Once { key, window }) = &row.once {
+            tx.prepare_cached(
+                "INSERT OR REPLACE INTO polybus_published(bus, key, id, seq, until) VALUES(?1, ?2, ?3, ?4, ?5)",
+            )?
+            .execute((bus, &**key, &*row.id, position, now + window))?;
+        }
+        let position = position.map(|at| at.to_string().into());
+        receipts.push(Receipt { id: row.id.clone(), position, duplicate: false });
     }
     Ok(receipts)
+}
+
+/// What was published before under `key`.
+fn first(tx: &Connection, bus: i64, key: &str, now: i64) -> Result<Option<Receipt>> {
+    let mut seen =
+        tx.prepare_cached("SELECT id, seq FROM polybus_published WHERE bus = ?1 AND key = ?2 AND until > ?3")?;
+    let receipt = |row: &rusqlite::Row<'_>| {
+        let position = row.get::<_, Option<i64>>(1)?.map(|at| at.to_string().into());
+        Ok(Receipt { id: row.get::<_, String>(0)?.into(), position, duplicate: true })
+    };
+    Ok(seen.query_row((bus, key, now), receipt).optional()?)
 }
 
 /// Moves up to 1,000 due events into the log, oldest first. Returns how many.

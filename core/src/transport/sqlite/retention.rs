@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::{clock, mail, publish};
+use super::{clock, mail, marks, publish};
 use crate::error::Result;
 use crate::pattern::Pattern;
 
@@ -44,7 +44,8 @@ struct Plan {
 pub(super) fn is_due(connection: &Connection, limits: &Limits) -> Result<bool> {
     let delayed = publish::next_delayed(connection, limits.bus)?.is_some_and(|at| at <= clock::wall_ms());
     let plan = plan(connection, limits)?;
-    Ok(delayed || plan.done.is_some() || plan.forced.is_some() || mail::is_stale(connection)?)
+    let stale = mail::is_stale(connection)? || marks::stale(connection)?;
+    Ok(delayed || plan.done.is_some() || plan.forced.is_some() || stale)
 }
 
 /// Drops up to [`STEP`] events for each reason, and moves due delayed events into the log.
@@ -63,6 +64,7 @@ pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
     if let Some(last) = plan.done {
         dropped += delete(tx, limits.bus, last)?;
     }
+    dropped += marks::forget(tx, STEP)?;
     Ok(Swept { more: dropped > 0, promoted })
 }
 

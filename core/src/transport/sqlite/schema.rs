@@ -14,6 +14,9 @@
 //! * `polybus_dead`: dead letters.
 //! * `polybus_mail`: replies to requests, until somebody fetches them or their time is over. `polybus_responders`: who
 //!   answers requests, and until when that is believed. Both in boot time.
+//! * `polybus_marks`: keys of idempotent subscriptions. Without `until`: being handled by the delivery `seq` under `token`, as
+//!   long as that is leased. With it: handled, and remembered until then.
+//! * `polybus_published`: idempotency keys of what was published, and the first event under each.
 //!
 //! Times are milliseconds, wall clock unless said otherwise.
 
@@ -73,7 +76,15 @@ CREATE INDEX IF NOT EXISTS polybus_mail_box ON polybus_mail(mailbox);
 CREATE INDEX IF NOT EXISTS polybus_mail_expiry ON polybus_mail(expires_at);
 CREATE TABLE IF NOT EXISTS polybus_responders(id INTEGER PRIMARY KEY, group_id INTEGER NOT NULL,
   alive_until INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS polybus_marks(group_id INTEGER NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL,
+  token INTEGER NOT NULL, since INTEGER NOT NULL, until INTEGER, PRIMARY KEY(group_id, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS polybus_marks_until ON polybus_marks(until) WHERE until IS NOT NULL;
+CREATE TABLE IF NOT EXISTS polybus_published(bus INTEGER NOT NULL, key TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER,
+  until INTEGER NOT NULL, PRIMARY KEY(bus, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS polybus_published_until ON polybus_published(until);
 ";
+/// How many tables and indexes of ours [`LATER`] makes.
+const LATER_COUNT: i32 = 8;
 
 /// Refuses a SQLite that may damage the file.
 pub(super) fn check_library() -> Result<()> {
@@ -137,8 +148,7 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<()> {
         true => ADDITIONS.to_vec(),
         false => lacking(connection)?,
     };
-    let whole = lacking.is_empty() && has_table(connection, "polybus_responders")?;
-    if known.as_deref() == Some(&boot) && whole {
+    if known.as_deref() == Some(&boot) && lacking.is_empty() && has_later(connection)? {
         return Ok(());
     }
     let tx = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
@@ -170,11 +180,6 @@ fn lacking(connection: &Connection) -> Result<Vec<(&'static str, &'static str, &
         }
     }
     Ok(lacking)
-}
-
-fn has_table(connection: &Connection, name: &str) -> Result<bool> {
-    let sql = "SELECT EXISTS(SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1)";
-    Ok(connection.query_row(sql, [name], |row| row.get(0))?)
 }
 
 fn meta(connection: &Connection, key: &str) -> Result<Option<String>> {
@@ -244,4 +249,15 @@ pub(super) fn connect_again(path: &Path) -> Result<Connection> {
 pub(super) fn open_first(path: &Path) -> Result<Connection> {
     file::create(path)?;
     connect(path)
+}
+
+/// Whether everything of [`LATER`] is there.
+fn has_later(connection: &Connection) -> Result<bool> {
+    let count: i32 = connection.query_row(
+        "SELECT count(*) FROM sqlite_schema WHERE name IN ('polybus_mail', 'polybus_mail_box', 'polybus_mail_expiry',
+         'polybus_responders', 'polybus_marks', 'polybus_marks_until', 'polybus_published', 'polybus_published_until')",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(count == LATER_COUNT)
 }

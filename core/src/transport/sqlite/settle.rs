@@ -4,6 +4,7 @@ use rusqlite::Connection;
 
 use super::claim::{Member, Progress};
 use super::clock;
+use super::marks::{self, Held};
 use crate::delivery::{DeadReason, Failure, Lease, Verdict};
 use crate::error::Result;
 use crate::transport::Settlement;
@@ -16,19 +17,27 @@ pub(super) struct Settled {
     pub waiting: bool,
 }
 
-/// Ends the leases of `batch`. Each statement shows the token, so that a stale owner changes nothing.
-pub(super) fn settle(tx: &Connection, member: &Member, batch: &[Settlement]) -> Result<Settled> {
+/// Ends the leases of `batch`, and the marks of those that have one. Each statement shows the token, so that a stale owner
+/// changes nothing.
+pub(super) fn settle(tx: &Connection, member: &Member, batch: &[Settlement], held: &[Held]) -> Result<Settled> {
     let mut settled = Settled { lost: Vec::new(), waiting: false };
+    for mark in held {
+        marks::end(tx, member, mark)?;
+    }
     for Settlement { lease, verdict } in batch {
         let done = match verdict {
-            Verdict::Ack => finish(tx, member, *lease, &mut settled.waiting)?,
+            Verdict::Ack | Verdict::Drop => finish(tx, member, *lease, &mut settled.waiting)?,
             Verdict::Retry { after, failure } => {
                 settled.waiting = true;
                 retry(tx, member, *lease, clock::wall_ms() + clock::millis(*after), failure)?
             }
             Verdict::Release => {
                 settled.waiting = true;
-                release(tx, member, *lease)?
+                release(tx, member, *lease, 0)?
+            }
+            Verdict::Postpone { after } => {
+                settled.waiting = true;
+                release(tx, member, *lease, clock::wall_ms() + clock::millis(*after))?
             }
             Verdict::DeadLetter { reason, failure } => {
                 bury(tx, member, (*lease, *reason), failure, &mut settled.waiting)?
@@ -66,12 +75,12 @@ fn retry(tx: &Connection, member: &Member, lease: Lease, due_at: i64, failure: &
     Ok(wait.execute((member.group, lease.position, lease.token, due_at, error.to_string(), now))? == 1)
 }
 
-fn release(tx: &Connection, member: &Member, lease: Lease) -> Result<bool> {
+fn release(tx: &Connection, member: &Member, lease: Lease, due_at: i64) -> Result<bool> {
     let mut free = tx.prepare_cached(
-        "UPDATE polybus_deliveries SET owner = NULL, due_at = 0, attempt = max(attempt - 1, 0)
+        "UPDATE polybus_deliveries SET owner = NULL, due_at = ?4, attempt = max(attempt - 1, 0)
          WHERE group_id = ?1 AND seq = ?2 AND token = ?3 AND owner IS NOT NULL",
     )?;
-    Ok(free.execute((member.group, lease.position, lease.token))? == 1)
+    Ok(free.execute((member.group, lease.position, lease.token, due_at))? == 1)
 }
 
 /// Moves a delivery to the dead letters, with its event.

@@ -9,12 +9,14 @@ use tokio::sync::watch;
 use super::claim::{self, Again, Claim, Member, Progress, Taken};
 use super::group::{self, Joined};
 use super::job::Made;
+use super::marks::{self, Marks};
 use super::store::{Store, answered};
 use super::{clock, fault, mail, settle};
 use crate::codec;
 use crate::delivery::{Body, Delivery, Lease};
 use crate::error::Result;
-use crate::transport::{GroupSpec, Settlement, Source, Task};
+use crate::event::Text;
+use crate::transport::{Begun, GroupSpec, Settlement, Source, Task};
 
 /// Longest sleep of a waiting `take`: a bound on the harm of a clock that jumps.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
@@ -28,6 +30,7 @@ struct Shared {
     store: Arc<Store>,
     member: Arc<Member>,
     progress: Arc<Mutex<Progress>>,
+    marks: Marks,
     closed: watch::Sender<bool>,
     max_payload: usize,
 }
@@ -57,6 +60,7 @@ pub(super) async fn join(store: Arc<Store>, bus: i64, spec: GroupSpec, max_paylo
         store,
         member: Arc::new(member),
         progress: Arc::new(Mutex::new(progress)),
+        marks: Marks::default(),
         closed: watch::Sender::new(false),
         max_payload,
     };
@@ -155,11 +159,29 @@ impl Source for GroupSource {
             }
             let member = shared.member.clone();
             let rows = settlements.len();
+            let (leases, held) = shared.marks.of(&settlements);
             let settled = move |tx: &rusqlite::Connection| {
-                let settled = settle::settle(tx, &member, &settlements)?;
+                let settled = settle::settle(tx, &member, &settlements, &held)?;
                 Ok(Made { value: settled.lost, ring: settled.waiting })
             };
-            shared.store.write(rows, settled).await.map_err(|cause| cause.during("settle"))
+            let lost = shared.store.write(rows, settled).await.map_err(|cause| cause.during("settle"))?;
+            shared.marks.forget(&leases);
+            Ok(lost)
+        })
+    }
+
+    fn begin(&self, wanted: Vec<(Lease, Text)>, keep: Duration) -> Task<Result<Vec<Begun>>> {
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            let (member, asked) = (shared.member.clone(), wanted.clone());
+            let begin = move |tx: &rusqlite::Connection| {
+                let begun = asked.iter().map(|(lease, key)| marks::begin(tx, &member, *lease, key));
+                Ok(Made::quiet(begun.collect::<Result<Vec<_>>>()?))
+            };
+            let begun = shared.store.write(wanted.len(), begin).await.map_err(|cause| cause.during("begin"))?;
+            let ours = wanted.into_iter().zip(&begun).filter(|(_, begun)| **begun == Begun::Run);
+            shared.marks.add(ours.map(|(mark, _)| mark), keep);
+            Ok(begun)
         })
     }
 
@@ -174,7 +196,9 @@ impl Source for GroupSource {
                 }
                 Ok(Made::quiet(settle::heartbeat(tx, &member, &mut progress, &held)?))
             };
-            shared.store.write(1, beat).await.map_err(|cause| cause.during("heartbeat"))
+            let lost = shared.store.write(1, beat).await.map_err(|cause| cause.during("heartbeat"))?;
+            shared.marks.forget(&lost);
+            Ok(lost)
         })
     }
 

@@ -7,6 +7,7 @@ mod delivery;
 mod flow;
 mod lifecycle;
 mod ordered;
+mod once;
 mod publishing;
 mod requests;
 mod trouble;
@@ -56,6 +57,7 @@ fn run() -> Conclusion {
         ("requests", requests::ALL),
         ("flow", flow::ALL),
         ("batches", batches::ALL),
+        ("once", once::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {

@@ -5,6 +5,7 @@
 mod cluster;
 mod durability;
 mod full;
+mod once;
 mod outages;
 mod pubsub;
 mod refused;

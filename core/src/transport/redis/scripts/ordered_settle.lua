@@ -14,9 +14,9 @@ for at = 4, #ARGV, 13 do
     out[#out + 1] = (at - 4) / 13
   else
     local failed = ARGV[at + 6]
-    if failed == '' and verdict ~= 'b' then failed = tostring(now) end
-    if verdict == 'r' or verdict == 'b' then
-      redis.call('ZADD', retry, verdict == 'r' and now + ARGV[at + 4] or 0, id)
+    if failed == '' and verdict ~= 'b' and verdict ~= 'l' then failed = tostring(now) end
+    if verdict == 'r' or verdict == 'b' or verdict == 'l' then
+      redis.call('ZADD', retry, verdict == 'b' and 0 or now + ARGV[at + 4], id)
       redis.call('HSET', work, id .. ':facts', ARGV[at + 5] .. '|' .. failed .. '||' .. from)
       ring = ring or verdict == 'b'
     else

@@ -2,7 +2,7 @@
 -- nothing. What is copied is copied before anything is removed, so that a full server refuses the whole step.
 -- KEYS events retry held work dead bell
 -- ARGV group | consumer | last entry's label | then 13 for each: how it is held (p: pending list, w: work) | id |
---   fence | verdict (a: ack, r: retry, b: give back, d: dead) | delay ms | attempt | first failed | type | event |
+--   fence | verdict (a: ack, r: retry, b: give back, l: give back for later, d: dead) | delay ms | attempt | first failed | type | event |
 --   reason | error kind | error message | error stack
 -- Returns the numbers, from 0, of those that were not ours any more.
 local time = redis.call('TIME')
@@ -31,9 +31,9 @@ for at = 4, #ARGV, 13 do
       from = string.match(redis.call('HGET', KEYS[4], id .. ':facts'), '^%d+|[^|]*|[^|]*|(.*)$')
     end
     local failed = ARGV[at + 6]
-    if verdict == 'r' or verdict == 'b' then
+    if verdict == 'r' or verdict == 'b' or verdict == 'l' then
       if verdict == 'r' and failed == '' then failed = tostring(now) end
-      local due = verdict == 'r' and now + ARGV[at + 4] or 0
+      local due = verdict ~= 'b' and now + ARGV[at + 4] or 0
       redis.call('ZADD', KEYS[2], due, id)
       redis.call('HSET', KEYS[4], id, event, id .. ':facts', ARGV[at + 5] .. '|' .. failed .. '||' .. from)
       ring = ring or verdict == 'b'
