@@ -19,11 +19,13 @@ pub(super) struct Failure {
     pub no_group: bool,
     /// The script has to be sent again.
     pub no_script: bool,
+    /// The server has no memory for it.
+    pub full: bool,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { error, unknown: false, again: false, moved: false, no_group: false, no_script: false }
+        Self { error, unknown: false, again: false, moved: false, no_group: false, no_script: false, full: false }
     }
 }
 
@@ -56,6 +58,7 @@ impl From<RedisError> for Failure {
             moved,
             no_group: code == "NOGROUP" || code == "UNBLOCKED",
             no_script: kind == Cause::Server(ServerErrorKind::NoScript),
+            full: code == "OOM",
             error: explain(cause, &code),
         }
     }

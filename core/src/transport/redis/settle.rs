@@ -9,7 +9,7 @@ use redis::{Cmd, Pipeline, Value};
 
 use super::fault::{self, Failure};
 use super::hold::{Held, Place};
-use super::marks::Step;
+use super::marks::{Mark, Step};
 use super::member::Member;
 use super::scripts;
 use super::value;
@@ -26,14 +26,30 @@ impl Member {
         if batch.iter().all(|(_, held, _)| held.mark.is_none()) {
             return self.settle_together(batch).await;
         }
-        // Marks are ended in a transaction, and one that a full server refuses must not keep acknowledgements from it.
+        // What a full server refuses must not keep acknowledgements from it.
         let is_end = |(_, _, verdict): &_| matches!(verdict, Verdict::Ack | Verdict::Drop);
         let (ends, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(is_end);
-        let mut lost = self.settle_together(ends).await?;
+        let mut lost = match self.settle_together(ends.clone()).await {
+            Err(failure) if failure.full => self.settle_in_turn(ends).await?,
+            other => other?,
+        };
         lost.extend(self.settle_together(rest).await?);
         Ok(lost)
     }
 
+    /// The mark, and then the delivery: a server without memory refuses transactions, whatever is in them. A step that is
+    /// lost in between leads to a duplicate that is absorbed.
+    async fn settle_in_turn(&self, mut ends: Vec<(Lease, Held, Verdict)>) -> Result<Vec<Lease>, Failure> {
+        let own = |mark: &Mark| mark.partition == self.index;
+        let marks = ends.iter_mut().filter_map(|(_, held, verdict)| {
+            let mark = held.mark.take_if(|mark| own(mark))?;
+            Some((Step::of(verdict), *mark))
+        });
+        self.mark(&marks.collect::<Vec<_>>()).await?;
+        self.settle_together(ends).await
+    }
+
+    /// With the marks that are in this partition, in one transaction.
     async fn settle_together(&self, batch: Vec<(Lease, Held, Verdict)>) -> Result<Vec<Lease>, Failure> {
         if batch.is_empty() {
             return Ok(Vec::new());
