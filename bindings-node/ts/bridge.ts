@@ -415,6 +415,8 @@ function batchOutcomes(events: readonly Received[], error: unknown): ({ error: u
   const message = `BatchFailed names ${JSON.stringify(unknown)}, which is no event of the batch: name them by event.meta.id`
   const rest = unknown === undefined ? undefined : { error: new TypeError(message) }
   return events.map(({ meta: { id } }) => (error.errors.has(id) ? { error: error.errors.get(id) } : rest))
+}
+
 function isKey(key: unknown): boolean {
   return typeof key === 'string' || typeof key === 'bigint' || Number.isSafeInteger(key)
 }

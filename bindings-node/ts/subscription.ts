@@ -57,6 +57,13 @@ export interface SubscribeOptions {
   breaker?: BreakerOptions | boolean
   /** The handler takes an array of events; {@link BatchFailed} fails some of them. `true` for the defaults. */
   batch?: BatchOptions | boolean
+  /**
+   * Handle events of one key once, in the whole group. `true`: the event's `idempotencyKey`, or its id where it has none.
+   * A function, not an async one, tells the key; where it returns nothing, the event's own counts. Default false.
+   */
+  idempotent?: boolean | ((event: Received) => string | number | bigint | null | undefined)
+  /** How long a handled key is remembered. Default 7 days. */
+  idempotentRetentionMs?: number
 }
 
 /** Options of a subscription whose handler takes batches. */
@@ -65,13 +72,6 @@ export type WithBatch = SubscribeOptions & { batch: BatchOptions | true }
 /** Whether these are the options of a handler of batches. */
 export function takesBatches({ batch = false }: SubscribeOptions): boolean {
   return batch !== false && batch !== null
-  /**
-   * Handle events of one key once, in the whole group. `true`: the event's `idempotencyKey`, or its id where it has none.
-   * A function, not an async one, tells the key; where it returns nothing, the event's own counts. Default false.
-   */
-  idempotent?: boolean | ((event: Received) => string | number | bigint | null | undefined)
-  /** How long a handled key is remembered. Default 7 days. */
-  idempotentRetentionMs?: number
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */

@@ -67,6 +67,8 @@ async def main(url: str, bus_name: str) -> None:
 def record(path: str, line: str) -> None:
     with Path(path).open("a") as file:
         file.write(line + "\n")
+
+
 def traced(bus: Bus) -> Any:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -78,6 +80,8 @@ def traced(bus: Bus) -> Any:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     instrument(bus, provider)
     return exporter
+
+
 def key_of(event: Event[Any]) -> str:
     return event.raw.decode()
 

@@ -232,6 +232,8 @@ def test_two_languages_keep_the_order_of_each_key(stage: Stage, tmp_path: Path, 
                 assert before == ("begin", number), (key, steps)
                 ended = number
         assert ended == numbers[-1]
+
+
 @pytest.mark.parametrize(("requester", "responder"), PAIRS)
 def test_one_language_asks_and_another_answers(stage: Stage, requester: str, responder: str) -> None:
     asks, answers = stage.actor(requester), stage.actor(responder)
@@ -262,6 +264,8 @@ def test_a_killed_responder_is_missed_after_its_lease(stage: Stage, responder: s
     deadline = time.monotonic() + DEADLINE
     while asks.ask("refused", "request", **facts)["code"] != "no_responder":
         assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize(("first", "second"), [pair for pair in PAIRS if pair[0] != pair[1]])
 def test_a_key_is_published_once(stage: Stage, first: str, second: str) -> None:
     """The receipt of the second publish names the event of the first."""

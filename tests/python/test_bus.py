@@ -570,13 +570,6 @@ async def test_close_hands_a_handler_back_that_never_ends(store: Store) -> None:
     assert attempts == [1, 1]
 
 
-async def test_options_that_come_later(bus: Bus) -> None:
-    async def handler(event: Event[Any]) -> None: ...
-
-    with pytest.raises(Unsupported, match="idempotent"):
-        await bus.subscribe("x", handler, idempotent=True)  # type: ignore[call-arg]
-
-
 @pytest.mark.every_transport
 async def test_an_ordered_group_keeps_the_order_of_each_key(store: Store) -> None:
     seen: dict[str, list[int]] = {}

@@ -17,7 +17,8 @@ def test_no_runtime_dependencies() -> None:
     assert not requires("polybus")
     package = json.loads((ROOT / "package.json").read_text())
     assert not package.get("dependencies")
-    assert not package.get("peerDependencies")
+    optional = package.get("peerDependenciesMeta", {})
+    assert all(optional[name]["optional"] for name in package.get("peerDependencies", {}))
 
 
 def test_marked_as_typed() -> None:

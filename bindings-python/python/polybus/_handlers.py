@@ -195,6 +195,7 @@ class LoopHandler:
     def hand_back(self, batch: list[tuple[Any, Any]]) -> None:
         """These were not started."""
         self.reporter.abandoned([job for job, _ in batch])
+
     def _tell_keys(self, batch: list[tuple[int, Event[Any]]], key: KeyFunction) -> list[tuple[int, Event[Any]]]:
         """Answer the jobs that only ask for a key; the rest are to be run."""
         run = []

@@ -17,8 +17,8 @@ from polybus import _development, _handlers, _log, _native, _runtime
 from polybus._batches import BatchLoopHandler, BatchThreadHandler, takes_batches
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
 from polybus._native import Event, Receipt
-from polybus._use import Uses
 from polybus._requests import Requests
+from polybus._use import Uses
 from polybus._views import Guarantees, SubscriptionStats
 from polybus.dead_letters import DeadLetters
 from polybus.errors import DuplicateSubscription, HandlerError, HandlerTimeout, InvalidConfig, Unsupported
