@@ -400,7 +400,7 @@ export class Bridge {
       return
     }
     const { name, message, stack } = failureOf(error)
-    const code = error instanceof PolybusError ? error.code : null
+    const code = codeOf(error)
     if (isRetry(error)) this.#native.fail(runner.id, job, RETRY, error.afterMs, name, message, stack, code)
     else this.#native.fail(runner.id, job, isReject(error) ? REJECTED : FAILED, 0, name, message, stack, code)
   }
@@ -415,6 +415,15 @@ function batchOutcomes(events: readonly Received[], error: unknown): ({ error: u
   const message = `BatchFailed names ${JSON.stringify(unknown)}, which is no event of the batch: name them by event.meta.id`
   const rest = unknown === undefined ? undefined : { error: new TypeError(message) }
   return events.map(({ meta: { id } }) => (error.errors.has(id) ? { error: error.errors.get(id) } : rest))
+}
+
+/** The code of an error of ours. What a handler throws may be a trap. */
+function codeOf(error: unknown): string | null {
+  try {
+    return error instanceof PolybusError ? error.code : null
+  } catch {
+    return null
+  }
 }
 
 function isKey(key: unknown): boolean {

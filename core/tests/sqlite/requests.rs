@@ -19,14 +19,17 @@ async fn letters_that_nobody_fetches_vanish() {
     let bus = open(&place.path).await;
     let post = |mailbox: &str, ttl| bus.post(mailbox.into(), bytes::Bytes::from_static(b"x"), ttl);
     post("0a", Duration::from_millis(1)).await.unwrap();
-    post("0b", PATIENCE).await.unwrap();
     let deadline = std::time::Instant::now() + PATIENCE;
-    while count(&place.path, "mail") > 2 {
+    while count(&place.path, "mail WHERE mailbox = '0a'") > 0 {
         assert!(std::time::Instant::now() < deadline);
         post("0b", PATIENCE).await.unwrap();
     }
     assert!(bus.mailbox("0a".into()).unwrap().next().await.unwrap().is_empty());
-    assert!(!bus.mailbox("0b".into()).unwrap().next().await.unwrap().is_empty());
+    let mailbox = bus.mailbox("0b".into()).unwrap();
+    assert!(!mailbox.next().await.unwrap().is_empty());
+    while count(&place.path, "mail") > 0 {
+        assert!(!mailbox.next().await.unwrap().is_empty());
+    }
     assert_eq!(count(&place.path, "mail"), 0);
     bus.close().await;
 }

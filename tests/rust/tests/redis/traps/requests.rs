@@ -51,7 +51,8 @@ async fn survives(asking: Bus, answering: Bus, trouble: impl FnOnce()) {
     go.notify_one();
     match within(asked).await.unwrap() {
         Ok(reply) => assert_eq!(&reply.payload[..], b"1"),
-        Err(error) => assert_eq!(error.kind(), ErrorKind::RequestTimeout),
+        // The responder may have begun before the requester knew that its request is stored.
+        Err(error) => assert!(matches!(error.kind(), ErrorKind::RequestTimeout | ErrorKind::PublishUnknown), "{error}"),
     }
     assert_eq!(&ask(&asking, "2").await.unwrap().payload[..], b"2");
 }
