@@ -11,7 +11,7 @@ import { reloads } from './development.js'
 import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
 import { type Cut, Event, type MetaInput, uncut, uncutDelivered } from './event.js'
 import { describe, describeValue, optionsText } from './json.js'
-import type { Live, Registration } from './live.js'
+import type { Answering, Live, Registration } from './live.js'
 import {
   added,
   around,
@@ -23,8 +23,8 @@ import {
   type UseOptions,
 } from './middleware.js'
 import { native } from './native.js'
+import { type AnyEvents, type BusOptions, checkTimeout, type TypeOf } from './options.js'
 import { type RequestOptions, request } from './request.js'
-import type { RetryPolicy } from './retry.js'
 import {
   DRAIN_MS,
   Events,
@@ -37,71 +37,11 @@ import {
 import { handleNow, isSync } from './sync.js'
 import type { BusStats, Guarantees, Receipt } from './views.js'
 
+export type { AnyEvents, BusOptions, TypeOf } from './options.js'
 export type { BusStats, Guarantees, Receipt } from './views.js'
-
-/** Options of a bus. Durations are in milliseconds. */
-export interface BusOptions {
-  /** Name of the service: `source` of its events and prefix of its groups. */
-  service: string
-  /** Buses inside one store do not see each other. Default `default`. */
-  bus?: string
-  /** `sync`: publish runs this process's matching handlers and returns when they ended. Default `async`. */
-  mode?: 'async' | 'sync'
-  /** Default concurrency of a subscription. Default 10. */
-  workerCount?: number
-  /** Most deliveries that one subscription holds in this process. Default 1000. */
-  bufferSize?: number
-  /** What a publish does when too many wait: for room, up to `publishTimeoutMs` (default), or fail with BufferFull. */
-  whenFull?: 'wait' | 'error'
-  /** Publishes that may wait: to be written, or in memory to be handled. Default 64 MiB, 512 MiB in memory. */
-  publishBufferBytes?: number
-  /** A publish that fails in the transport is logged and counted, not thrown. Default false. */
-  failOpen?: boolean
-  /** Largest payload, on publish and on consume. Default 1 MiB. */
-  maxPayloadBytes?: number
-  /** Where log records go: `console`, pino, winston and others fit. Default `console`, warnings and errors. */
-  logger?: Logger
-  /** Default policy of the subscriptions. */
-  retry?: RetryPolicy
-  /** What a confirmed publish must survive. Default `warn`: the transport's safest setting, and a warning if the store cannot keep it. */
-  durability?: 'warn' | 'required' | 'off' | 'full' | 'normal'
-  /** How long a delivery stays ours without a heartbeat, at least 1000. Default 30 000. */
-  leaseMs?: number
-  /** Longest wait of one publish. Default 10 000. */
-  publishTimeoutMs?: number
-  /** How long an event is kept after every group finished it. Default 1 h in a SQLite file, 1 min on Redis. */
-  retentionMs?: number
-  /** Events older than this are dropped even if a group has not finished them. Default none. */
-  maxAgeMs?: number
-  /** Most events kept, likewise. Default none. */
-  maxEvents?: number
-  /** Where a publish to a server must have arrived before it returns. Default `memory`: in the server. */
-  confirm?: 'memory' | 'disk' | 'replica'
-  /**
-   * How long the `idempotencyKey` of a published event is remembered: another publish with it is absorbed, and its receipt
-   * says `duplicate`. 0 turns it off. Default 1 h; not on `redis+pubsub`.
-   */
-  idempotencyWindowMs?: number
-  /** Parts that a bus on a server is split into, by partition key; fixed when the bus is made. Default 1. */
-  partitions?: number
-  /** Open a file on a network file system. Default false. */
-  allowNetworkFs?: boolean
-  /** What a second handler of the same name does. Default `error`; `replace` under `node --watch`, Next.js's and Vite's dev servers. */
-  onDuplicate?: 'error' | 'replace'
-}
-
-/** Payload types by event type; by default any payload under any type. */
-export type AnyEvents = Record<string, any>
-/** The types of a map of events. */
-export type TypeOf<E> = Extract<keyof E, string>
 
 /** A runtime that lacks the symbol cannot say `await using`, but what compilers make of it finds this one. */
 const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
-
-/** Said by {@link Bus.respond} alone. */
-interface Answering extends SubscribeOptions {
-  respond?: boolean
-}
 
 /** The bound object of a bus, for the test kit. */
 export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
@@ -657,10 +597,4 @@ function fromConfig(text: string, given: { logger?: Logger }): Bus {
 
 function environment(): string {
   return JSON.stringify(process.env)
-}
-
-function checkTimeout(timeoutMs: unknown): void {
-  if (!(typeof timeoutMs === 'number' && timeoutMs >= 0 && !Number.isNaN(timeoutMs))) {
-    throw new InvalidConfig(`timeoutMs=${describeValue(timeoutMs)} is not valid; give milliseconds, at least 0`)
-  }
 }

@@ -30,3 +30,8 @@ export interface Live {
   holds: boolean
   ended(): void
 }
+
+/** Said by `Bus.respond` alone. */
+export interface Answering extends SubscribeOptions {
+  respond?: boolean
+}
