@@ -253,11 +253,6 @@ impl Bus {
         options: SubscribeOptions,
     ) -> Result<Subscription> {
         let pattern = Pattern::new(pattern)?;
-        if options.ordered && options.broadcast {
-            return Err(Error::invalid_config(
-                "ordered and broadcast exclude each other: a broadcast has no group whose processes could take turns; leave one of them out",
-            ));
-        }
         options.check()?;
         let bus = &self.0.options;
         let concurrency = options.concurrency_on(bus);

@@ -281,8 +281,25 @@ impl SubscribeOptions {
         Self { respond: true, drop_dead: true, retry: Some(RetryPolicy::NONE), ..Self::new(name) }
     }
 
-    /// Options that exclude each other.
+    /// Refuses options that exclude each other, whatever language they came from.
     pub(crate) fn check(&self) -> Result<()> {
+        let batch = self.batch.is_some();
+        let pairs = [
+            (batch && self.ordered, "batch and ordered exclude each other"),
+            (batch && self.idempotent.is_some(), "batch and idempotent exclude each other"),
+            (batch && self.respond, "batch and respond exclude each other"),
+            (
+                self.broadcast && self.breaker.is_some(),
+                "breaker and broadcast exclude each other: what a broadcast does not handle cannot be handed back",
+            ),
+            (
+                self.broadcast && self.ordered,
+                "ordered and broadcast exclude each other: a broadcast has no group whose processes could take turns",
+            ),
+        ];
+        if let Some((_, why)) = pairs.iter().find(|(both, _)| *both) {
+            return Err(Error::invalid_config(format!("{why}; leave one out")));
+        }
         if self.broadcast && self.idempotent.is_some() {
             return Err(Error::invalid_config(
                 "a broadcast has no group that could remember what it handled: leave out idempotent, or broadcast",
@@ -309,19 +326,9 @@ impl SubscribeOptions {
     }
 
     /// Refuses what cannot go together. `InvalidConfig`.
-    fn checked(self) -> Result<Self> {
-        if self.broadcast && self.breaker.is_some() {
-            return Err(Error::invalid_config(
-                "breaker and broadcast exclude each other: what a broadcast does not handle cannot be handed back; leave one out",
-            ));
-        }
-        Ok(self)
-    }
-
     /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word.
     pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
         let mut from = Reader::new("subscription", json, naming)?;
-        from.exclude("batch", &["ordered", "idempotent", "respond"])?;
         let Some(name) = from.string("name")? else {
             return Err(Error::invalid_config("the subscription has no name; pass one, like name=\"audit\""));
         };
@@ -345,7 +352,7 @@ impl SubscribeOptions {
         };
         from.finish()?;
         options.check()?;
-        options.checked()
+        Ok(options)
     }
 }
 

@@ -213,6 +213,28 @@ everywhere('a batch that is not full goes back at close', async (make) => {
   assert.deepEqual(attempts, [1, 1])
 })
 
+test('middleware added later leaves batches alone', async () => {
+  const bus = new TestBus({ logger: quiet })
+  const given: unknown[][] = []
+  const passed: string[] = []
+  const store = (events: Received[]) => {
+    given.push(events.map((event) => event.payload))
+  }
+  await bus.subscribe('n', store, { name: 'batches', batch: { size: 2, waitMs: NEVER } })
+  await bus.subscribe('other', () => {}, { name: 'single' })
+  bus.use(async (event, next) => {
+    passed.push(event.type)
+    return await next(event)
+  })
+  await bus.publishMany([Event.create('n', 1), Event.create('n', 2)])
+  await bus.publish('other', 3)
+  await bus.idle()
+  await bus.publish('n', 4, {}, { mode: 'sync' })
+  assert.deepEqual(given, [[1, 2], [4]])
+  assert.deepEqual(passed, ['other'])
+  await bus.close()
+})
+
 test('a synchronous publish makes a batch of one', async () => {
   const bus = new Bus('memory://', { service: 'shop', mode: 'sync', logger: quiet })
   const sizes: number[] = []

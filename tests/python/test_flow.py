@@ -258,6 +258,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"breaker": 5}, "breaker=5 .* object"),
     ({"breaker": {3: 4}}, "names are strings"),
     ({"breaker": True, "broadcast": True}, "broadcast"),
+    ({"ordered": True, "broadcast": True}, "ordered and broadcast exclude"),
+    ({"batch": True, "ordered": True}, "batch and ordered exclude"),
+    ({"batch": True, "idempotent": True}, "batch and idempotent exclude"),
     ({"batch": {"size": 0}}, r"batch\.size=0 .* from 1"),
     ({"batch": {"wait": -0.1}}, r"batch\.wait=-0\.1 .* seconds"),
     ({"batch": {"sise": 5}}, "batch option sise; did you mean size"),
@@ -271,6 +274,32 @@ async def test_wrong_options(options: dict[str, Any], message: str) -> None:
     async with Bus(service="shop") as bus:
         with pytest.raises(InvalidConfig, match=message):
             await bus.subscribe("n", lambda given: None, name="s", **options)
+
+
+async def test_middleware_leaves_batches_alone() -> None:
+    """Added before or after the subscription, for batches and for a synchronous publish."""
+    given: list[Any] = []
+    passed: list[str] = []
+
+    async def store(events: list[Event[Any]]) -> None:
+        given.append([event.payload for event in events])
+
+    async def single(event: Event[Any]) -> None: ...
+
+    async def middleware(event: Event[Any], call_next: Any) -> object:
+        passed.append(event.type)
+        return await call_next(event)
+
+    async with TestBus() as bus:
+        await bus.subscribe("n", store, name="batches", batch={"size": 2, "wait": 60})
+        await bus.subscribe("other", single, name="single")
+        bus.use(middleware)
+        await bus.publish_many([Event.create("n", 1), Event.create("n", 2)])
+        await bus.publish("other", 3)
+        await bus.idle()
+        await bus.publish("n", 4, mode="sync")
+        assert given == [[1, 2], [4]]
+        assert passed == ["other"]
 
 
 async def test_events_come_one_by_one() -> None:

@@ -61,6 +61,17 @@ async def test_attempts_are_told_apart_by_how_they_ended(store: Store) -> None:
         await shows(registry, "polybus_group_dead_letters", {**labels, "group": "shop/h"}, 1)
 
 
+async def test_an_answered_request_is_completed() -> None:
+    registry = CollectorRegistry()
+    async with Bus("memory://", service="shop") as bus:
+        register(bus, registry)
+        await bus.respond("ask", lambda event: event.payload, name="answers")
+        assert (await bus.request("ask", 1)).payload == 1
+        origin = {"service": "shop", "bus": "default", "source": "shop", "type": "ask"}
+        completed = {**origin, "group": "shop/answers", "status": "completed"}
+        await shows(registry, "polybus_events_processed_total", completed, 1)
+
+
 async def test_two_buses_share_a_registry() -> None:
     registry = CollectorRegistry()
     one, two = Bus("memory://", service="one"), Bus("memory://", service="two")

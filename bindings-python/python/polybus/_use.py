@@ -52,11 +52,11 @@ class Uses:
             subscription.rewire(subscription._handler, self._handling)
         return middleware
 
-    def _is_sync(self, given: dict[str, Any] | None) -> bool:
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    async def _publish_here(self, type: Any, payload: object, raw: Any, meta: dict[str, Any]) -> Receipt:
-        raise NotImplementedError
+        def _is_sync(self, given: dict[str, Any] | None) -> bool: ...
+
+        async def _publish_here(self, type: Any, payload: object, raw: Any, meta: dict[str, Any]) -> Receipt: ...
 
     async def _publish_through(self, type: Any, payload: Any, raw: Any, meta: dict[str, Any], given: Any) -> Receipt:
         sync = self._is_sync(given)

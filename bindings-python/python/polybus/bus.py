@@ -334,7 +334,7 @@ class Bus(Uses, Requests):
         return Receipt(event.meta.id)
 
     def _call(self, subscription: Subscription, event: Event[Any]) -> Coroutine[Any, Any, object]:
-        return _handlers.call(subscription._handler, event._delivered(subscription.group), self._handling)
+        return subscription.call(event._delivered(subscription.group), self._handling)
 
     # ---- subscribe ----
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from polybus import _native, _runtime
 from polybus._batches import single, takes_batches
-from polybus._handlers import LoopHandler, ThreadHandler, is_async
+from polybus._handlers import LoopHandler, ThreadHandler, call, is_async
 from polybus._views import SubscriptionStats
 
 if TYPE_CHECKING:
     from polybus._handlers import Handler
     from polybus._middleware import Around
+    from polybus._native import Event
 
 
 class Done:
@@ -38,7 +39,7 @@ class Subscription:
         options: dict[str, Any],
     ) -> None:
         self._native = native
-        self._handler = single(handler) if takes_batches(options) else handler
+        self._handler = handler
         self._timeout = timeout
         # Weak: what runs the handler lives with its loop.
         self._runner = weakref.ref(runner)
@@ -105,14 +106,20 @@ class Subscription:
 
     def rewire(self, handler: Handler, around: Around) -> None:
         """From the next event on, run this handler inside this middleware."""
-        self._handler = single(handler) if takes_batches(self._options) else handler
+        self._handler = handler
         if (runner := self._runner()) is not None:
             runner.rewire(handler, around)  # type: ignore[arg-type]
 
+    def call(self, event: Event[Any], around: Around) -> Coroutine[Any, Any, object]:
+        """Handle one event here and now, for a synchronous publish; batches have no middleware."""
+        if takes_batches(self._options):
+            return call(single(self._handler), event, ())
+        return call(self._handler, event, around)
+
     def closing(self) -> None:
         """The bus begins to close."""
-        for call in self._on_closing:
-            call()
+        for tell in self._on_closing:
+            tell()
 
     @property
     def orphaned(self) -> bool:

@@ -174,15 +174,6 @@ impl Reader {
         })
     }
 
-    /// `name` excludes each of `others`.
-    pub(super) fn exclude(&self, name: &str, others: &[&str]) -> Result<()> {
-        let is_on = |name: &str| self.values.get(name).is_some_and(|value| !value.is_null() && *value != false);
-        match others.iter().find(|other| is_on(name) && is_on(other)) {
-            None => Ok(()),
-            Some(other) => Err(Error::invalid_config(format!("{name} and {other} exclude each other; leave one out"))),
-        }
-    }
-
     pub(super) fn policy(&mut self) -> Result<RetryPolicy> {
         let base = RetryPolicy::default();
         let factor = self.take("factor");
