@@ -41,6 +41,14 @@ export {
   Unsupported,
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
+export type {
+  HistoryEntry,
+  HistoryFilter,
+  HistoryOptions,
+  ProcessingRecord,
+  ReplayOptions,
+  ReplayResult,
+} from './history.js'
 export { Reject, Retry, type RetryPolicy, type WithRetryOptions, withRetry } from './retry.js'
 export type {
   DrainTimeout,

@@ -28,6 +28,8 @@ export interface SubscribeOptions {
   broadcast?: boolean
   /** Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true. */
   deadLetter?: boolean
+  /** Keep what expires before a handler got it, too; otherwise it is dropped and counted as `expired`. Default false. */
+  deadLetterExpired?: boolean
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */

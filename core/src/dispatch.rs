@@ -185,6 +185,11 @@ impl Dispatcher {
                     continue;
                 }
             };
+            if delivery.expired {
+                let failure = Failure::new("Expired", "its time ran out before a handler got it", "");
+                held.unsettled.push(self.dead(delivery.lease, DeadReason::Expired, failure));
+                continue;
+            }
             if delivery.attempt > self.rules.retry.max_attempts().max(POISON_ATTEMPTS) {
                 let message = format!("taken {} times and never finished: it ends its process", delivery.attempt - 1);
                 held.unsettled.push(self.dead(delivery.lease, DeadReason::Poison, Failure::new("Poison", message, "")));

@@ -2,7 +2,7 @@
 //!
 //! An event walks one way through these modules, and each imports only those named before it:
 //!
-//! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → bus → host`
+//! `error → event → pattern → codec → retry → delivery → dead_letter → history → transport → handler → dispatch → bus → replay → host`
 //!
 //! `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
@@ -16,6 +16,7 @@ mod dispatch;
 pub mod error;
 pub mod event;
 pub mod handler;
+pub mod history;
 pub mod host;
 mod lease;
 pub mod logs;
@@ -23,6 +24,7 @@ pub mod metrics;
 pub mod options;
 pub mod pattern;
 pub mod process;
+mod replay;
 pub mod retry;
 pub mod subscription;
 mod testkit;
@@ -33,5 +35,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventType, Meta};
 pub use options::{BusOptions, SubscribeOptions};
 pub use pattern::Pattern;
+pub use replay::Replay;
 pub use retry::RetryPolicy;
 pub use subscription::Subscription;

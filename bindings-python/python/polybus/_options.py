@@ -49,6 +49,8 @@ class BusOptions(TypedDict, total=False):
     """Drop events older than this, finished or not. Default: never."""
     max_events: int
     """Drop the oldest events beyond this number, finished or not. Default: never."""
+    max_bytes: int
+    """Drop the oldest events beyond so many bytes, finished or not; on Redis of the log's memory. Default: never."""
     confirm: Literal["memory", "disk", "replica"]
     """Where a publish to a server must have arrived before it returns. Default ``memory``: in the server."""
     partitions: int
@@ -80,6 +82,8 @@ class SubscribeOptions(TypedDict, total=False):
     """Every process gets every event from now on; nothing is retried or kept. Default false."""
     dead_letter: bool
     """Keep what cannot be handled. Default true; otherwise it is logged and dropped."""
+    dead_letter_expired: bool
+    """Keep what expires before a handler got it, too. Default false: it is dropped and counted as ``expired``."""
 
 
 class MetaOptions(TypedDict, total=False):

@@ -23,6 +23,7 @@ pub fn settings() -> Settings {
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         partitions: None,
         max_payload_bytes: 1 << 20,
@@ -75,6 +76,7 @@ pub fn spec(group: &str) -> GroupSpec {
         start: Start::New,
         broadcast: false,
         lease: Duration::from_secs(30),
+        keep_expired: false,
     }
 }
 

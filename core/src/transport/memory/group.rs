@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use ahash::AHashMap;
 use tokio::sync::Notify;
 
-use crate::delivery::{Body, Delivery, Lease};
+use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease};
 use crate::event::{Event, Text};
 use crate::transport::{GroupSpec, GroupStats};
 
@@ -24,6 +24,10 @@ pub(super) struct Pending {
     pub redelivered: bool,
     pub first_failed: Option<SystemTime>,
     pub replayed_from: Option<Text>,
+    /// What went wrong last.
+    pub failure: Option<Box<Failure>>,
+    /// It does not depend on the log, so limits on the log do not concern it.
+    pub own: bool,
 }
 
 struct Leased {
@@ -41,6 +45,8 @@ pub(super) struct Group {
     /// Rings when something became ready, or is due earlier than before.
     pub wake: Arc<Notify>,
     pub members: usize,
+    /// Events at or before this were not for it.
+    pub begin: i64,
     /// Published and not finished, whatever its state.
     pub load: Load,
     expired: u64,
@@ -60,7 +66,7 @@ pub(super) enum Ended {
 }
 
 impl Group {
-    pub fn new(spec: GroupSpec) -> Self {
+    pub fn new(spec: GroupSpec, begin: i64) -> Self {
         Self {
             spec,
             ready: VecDeque::new(),
@@ -68,6 +74,7 @@ impl Group {
             waiting: BTreeMap::new(),
             wake: Arc::new(Notify::new()),
             members: 0,
+            begin,
             load: Load::default(),
             expired: 0,
         }
@@ -78,6 +85,16 @@ impl Group {
         self.load.events += 1;
         self.load.bytes += pending.event.payload.len();
         self.ready.push_back(pending);
+        self.wake.notify_one();
+    }
+
+    /// Adds events before all others, in their order.
+    pub fn push_first(&mut self, events: Vec<Pending>) {
+        for pending in events.into_iter().rev() {
+            self.load.events += 1;
+            self.load.bytes += pending.event.payload.len();
+            self.ready.push_front(pending);
+        }
         self.wake.notify_one();
     }
 
@@ -94,7 +111,8 @@ impl Group {
         let mut taken = Vec::with_capacity(max.min(self.ready.len()));
         while taken.len() < max {
             let Some(mut pending) = self.ready.pop_front() else { break };
-            if pending.expires.is_some_and(|expires| expires <= now) {
+            let expired = pending.expires.is_some_and(|expires| expires <= now);
+            if expired && !self.spec.keep_expired {
                 self.expired += 1;
                 self.finish(&pending);
                 continue;
@@ -109,6 +127,7 @@ impl Group {
                 redelivered: std::mem::replace(&mut pending.redelivered, true),
                 received_at: wall,
                 first_failed_at: pending.first_failed,
+                expired,
             });
             self.leased.insert(lease.position, Leased { token: *token, owner, pending });
         }
@@ -131,16 +150,19 @@ impl Group {
         Some(Ended::Gone)
     }
 
-    pub fn retry(&mut self, lease: Lease, due: Duration, wall: SystemTime) -> Option<Ended> {
+    pub fn retry(&mut self, lease: Lease, due: Duration, wall: SystemTime, failure: Failure) -> Option<Ended> {
         let mut pending = self.end(lease)?;
         pending.first_failed.get_or_insert(wall);
+        pending.failure = Some(Box::new(failure));
         self.waiting.insert((due, pending.position), pending);
         self.wake.notify_one();
         Some(Ended::Gone)
     }
 
-    pub fn bury(&mut self, lease: Lease) -> Option<Ended> {
-        let pending = self.end(lease)?;
+    pub fn bury(&mut self, lease: Lease, reason: DeadReason) -> Option<Ended> {
+        let mut pending = self.end(lease)?;
+        // No handler got it this time.
+        pending.attempts -= u32::from(reason == DeadReason::Expired);
         self.finish(&pending);
         Some(Ended::Dead(pending))
     }
@@ -170,6 +192,37 @@ impl Group {
 
     pub fn next_due(&self) -> Option<Duration> {
         self.waiting.first_key_value().map(|((due, _), _)| *due)
+    }
+
+    /// What is not finished: whether it is leased, and when it is due if it waits for a time.
+    pub fn unfinished(&self) -> impl Iterator<Item = (&Pending, bool, Option<Duration>)> {
+        let ready = self.ready.iter().map(|pending| (pending, false, None));
+        let leased = self.leased.values().map(|leased| (&leased.pending, true, None));
+        let waiting = self.waiting.iter().map(|((due, _), pending)| (pending, false, Some(*due)));
+        ready.chain(leased).chain(waiting)
+    }
+
+    /// Forgets what stood in the log at or before `floor` and is in no handler, because a limit removed it.
+    pub fn drop_through(&mut self, floor: i64) {
+        let gone = |pending: &Pending| pending.position <= floor && !pending.own;
+        // The oldest are in front, but for a few that were given back or replayed: those go when they get there.
+        let held = self.leased.values_mut().filter(|leased| leased.pending.position <= floor);
+        held.for_each(|leased| leased.pending.own = true);
+        while let Some(pending) = self.ready.front().filter(|pending| gone(pending)).cloned() {
+            self.ready.pop_front();
+            self.lose(&pending);
+        }
+        let late: Vec<_> = self.waiting.iter().filter(|(_, pending)| gone(pending)).map(|(key, _)| *key).collect();
+        for key in late {
+            if let Some(pending) = self.waiting.remove(&key) {
+                self.lose(&pending);
+            }
+        }
+    }
+
+    fn lose(&mut self, pending: &Pending) {
+        self.expired += 1;
+        self.finish(pending);
     }
 
     /// Nothing to run now: what is left waits for a time.

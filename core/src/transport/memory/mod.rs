@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Store (one for each name and bus)
-//!   log      the last events, for groups that start at the beginning      bounded ring
+//!   log      the last events, for groups that start at the beginning and for replay      bounded ring
 //!   delayed  published with a delay, by due time
 //!   dead     dead letters, by id
 //!   groups   each: ready ──take──► leased ──settle──► gone, waiting (by due time), or dead
@@ -13,6 +13,7 @@
 //! fences, because a closed source's deliveries are handed to somebody else.
 
 mod group;
+mod history;
 mod store;
 
 use std::collections::HashMap;
@@ -28,6 +29,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::Error;
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::process::PerProcess;
 use store::Store;
 
@@ -48,7 +50,7 @@ pub(super) fn open(name: &str, settings: &Settings) -> Result<Arc<dyn Transport>
             "memory:// loses everything with the process, and durability=\"required\" forbids that; use sqlite:///events.db",
         ));
     }
-    Ok(Arc::new(Memory::open(name, &settings.bus, settings.clock.clone())))
+    Ok(Arc::new(Memory::open(name, &settings.bus, settings.clock.clone(), store::Limits::of(settings))))
 }
 
 /// A bus's hold on a store.
@@ -60,7 +62,7 @@ pub struct Memory {
 type Named = HashMap<(String, Text), Weak<Store>>;
 
 impl Memory {
-    fn open(name: &str, bus: &Text, clock: Clock) -> Self {
+    fn open(name: &str, bus: &Text, clock: Clock, limits: store::Limits) -> Self {
         static NAMED: PerProcess<Mutex<Named>> = PerProcess::new();
         let store = if name.is_empty() {
             Arc::new(Store::new(clock))
@@ -74,6 +76,7 @@ impl Memory {
                 store
             })
         };
+        store.limit(limits);
         Self { store, sources: Mutex::default() }
     }
 }
@@ -89,6 +92,7 @@ impl Transport for Memory {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            history: true,
         }
     }
 
@@ -145,6 +149,20 @@ impl Transport for Memory {
 
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
         Box::pin(std::future::ready(Ok(self.store.purge(&filter))))
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        Box::pin(std::future::ready(self.store.history(&filter, after.as_ref(), limit, records)))
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        Box::pin(std::future::ready(self.store.replay_log(&step)))
     }
 
     fn idle(&self) -> Task<Result<()>> {

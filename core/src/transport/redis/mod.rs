@@ -7,7 +7,7 @@
 //! | [`keys`], [`scripts`] | the names of the keys; the atomic steps inside the server |
 //! | [`partition`], [`doorbell`] | one part of the bus: its clock and its keeper; the one connection that waits |
 //! | [`publish`], [`member`], [`intake`], [`hold`], [`settle`], [`source`] | the way of an event, in this order |
-//! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
+//! | [`group`], [`dead`], [`history`], [`retention`], [`probe`] | groups, dead letters, the log, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
 //! A group of ours is a consumer group of the stream, and each subscription in each process a consumer of its own name.
@@ -21,6 +21,7 @@ mod dead;
 mod doorbell;
 mod fault;
 mod group;
+mod history;
 mod hold;
 mod intake;
 mod keys;
@@ -55,6 +56,7 @@ use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task,
     Transport,
@@ -110,9 +112,13 @@ impl Shared {
             retention: settings.retention.unwrap_or(retention::RETENTION),
             max_age: settings.max_age,
             max_events: settings.max_events.map(|most| most.div_ceil(u64::from(count))),
+            max_bytes: settings.max_bytes.map(|most| most.div_ceil(u64::from(count))),
         };
         for partition in &partitions {
             partition.look(&[]).await?;
+            if limits.max_bytes.is_some() {
+                retention::memory(partition).await?; // a user who may not ask could not keep the limit
+            }
             let runtime = &crate::process::current().runtime;
             runtime.spawn(partition.clone().keep(limits.clone()));
             runtime.spawn(Doorbell::run(partition.clone()));
@@ -234,6 +240,7 @@ impl Transport for Redis {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            history: true,
         }
     }
 
@@ -285,6 +292,23 @@ impl Transport for Redis {
         task!(self, "purge", |shared| {
             dead::change(&shared.partitions, &filter, Change::Purge, shared.settings.max_payload_bytes).await
         })
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        task!(self, "history", |shared| {
+            let max_payload = shared.settings.max_payload_bytes;
+            history::list(&shared.partitions, &filter, after, limit, records, max_payload).await
+        })
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        task!(self, "replay", |shared| history::replay(&shared.partitions, &step).await)
     }
 
     fn counts(&self) -> Vec<(&'static str, u64)> {

@@ -6,7 +6,7 @@
 //! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
-//! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`publish`], [`claim`], [`settle`], [`dead`], [`group`], [`history`], [`retention`] | the SQL, one concern each |
 //! | [`source`], [`broadcast`] | the two kinds of subscription |
 //!
 //! The tables, and so the data structures, are described in [`schema`]; the life of a transaction in [`writer`].
@@ -24,6 +24,7 @@ mod file;
 mod fork;
 mod group;
 mod guard;
+mod history;
 mod job;
 mod lock;
 mod publish;
@@ -46,6 +47,7 @@ use self::store::Store;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::transport::{
     Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Outgoing, Receipt, Settings, Source, Task, Transport,
 };
@@ -89,7 +91,13 @@ impl Shared {
             }
         };
         let retention = settings.retention.unwrap_or(RETENTION);
-        let limits = Limits { bus, retention, max_age: settings.max_age, max_events: settings.max_events };
+        let limits = Limits {
+            bus,
+            retention,
+            max_age: settings.max_age,
+            max_events: settings.max_events,
+            max_bytes: settings.max_bytes,
+        };
         store.limits().lock().unwrap_or_else(PoisonError::into_inner).push(limits.clone());
         let shared = Self { store, bus, settings, limits, sources: Mutex::default(), closed: AtomicBool::new(false) };
         Ok(Arc::new(Sqlite { shared: Arc::new(shared) }))
@@ -230,6 +238,7 @@ impl Transport for Sqlite {
             dead_letters: true,
             start_position: true,
             broadcast: true,
+            history: true,
         }
     }
 
@@ -294,6 +303,37 @@ impl Transport for Sqlite {
 
     fn dead_purge(&self, filter: DeadLetterFilter) -> Task<Result<u64>> {
         task!(self, "purge", |shared| shared.change_dead(filter, Change::Purge).await)
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        task!(self, "history", |shared| {
+            shared.check()?;
+            let (bus, max_payload) = (shared.bus, shared.settings.max_payload_bytes);
+            let after = history::position(after.as_ref())?;
+            let list = move |connection: &rusqlite::Connection| {
+                history::list(connection, bus, &filter, (after, limit), records, max_payload)
+            };
+            shared.store.read(list).await
+        })
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        task!(self, "replay", |shared| {
+            shared.check()?;
+            let (bus, rows) = (shared.bus, step.max);
+            let replay = move |tx: &rusqlite::Connection| {
+                let batch = history::replay(tx, bus, &step)?;
+                let ring = batch.handed > 0;
+                Ok(Made { value: batch, ring })
+            };
+            shared.store.write(rows, replay).await
+        })
     }
 
     fn close(&self) -> Task<()> {

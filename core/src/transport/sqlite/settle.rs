@@ -75,7 +75,7 @@ fn bury(tx: &Connection, member: &Member, lease: Lease, reason: DeadReason, fail
         "INSERT INTO polybus_dead(bus, group_id, seq, type, event, error_kind, error_message, error_stack, attempts,
                 first_failed_at, last_failed_at, subscription, reason, replayed_from)
          SELECT g.bus, d.group_id, d.seq, CASE WHEN ?4 THEN coalesce(d.type, e.type) END,
-                coalesce(d.event, e.event, x''), ?5, ?6, ?7, d.attempt, coalesce(d.first_failed_at, ?8), ?8,
+                coalesce(d.event, e.event, x''), ?5, ?6, ?7, d.attempt - (?9 = 'expired'), coalesce(d.first_failed_at, ?8), ?8,
                 g.subscription, ?9, d.replayed_from
          FROM polybus_deliveries d JOIN polybus_groups g ON g.id = d.group_id
               LEFT JOIN polybus_events e ON e.seq = d.seq

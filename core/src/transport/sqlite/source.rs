@@ -37,7 +37,8 @@ pub(super) async fn join(store: Arc<Store>, bus: i64, spec: GroupSpec, max_paylo
     let wanted = spec.clone();
     // Others of the group may have to follow a new pattern.
     let Joined { group, cursor } = store.write(1, move |tx| Ok(Made::ring(group::join(tx, bus, &wanted)?))).await?;
-    let member = Member { bus, group, name: spec.group, lease: clock::millis(spec.lease).max(1) };
+    let lease = clock::millis(spec.lease).max(1);
+    let member = Member { bus, group, name: spec.group, lease, keep_expired: spec.keep_expired };
     let progress = Progress {
         owner: None,
         counter: 0,
@@ -105,6 +106,7 @@ impl Shared {
             redelivered: taken.redelivered,
             received_at,
             first_failed_at: taken.first_failed_at.map(clock::from_ms),
+            expired: taken.expired,
         };
         taken.into_iter().map(delivery).collect()
     }

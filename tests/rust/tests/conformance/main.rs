@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod delivery;
+mod history;
 mod lifecycle;
 mod publishing;
 mod trouble;
@@ -48,6 +49,7 @@ fn run() -> Conclusion {
         ("delivery", delivery::ALL),
         ("trouble", trouble::ALL),
         ("lifecycle", lifecycle::ALL),
+        ("history", history::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
