@@ -53,7 +53,7 @@ export interface HistoryFilter {
   /** That entered the log before this time. */
   until?: Date | number
   /** Only those after this position: of the last entry of the page before, a receipt, or a replay. */
-  after?: string
+  after?: string | undefined
 }
 
 /** A page of the log. */
