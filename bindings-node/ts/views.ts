@@ -34,6 +34,8 @@ export interface Guarantees {
     readonly broadcast: boolean
     readonly ordered: boolean
     readonly request: boolean
+    /** The log can be read and replayed. */
+    readonly history: boolean
   }
 }
 

@@ -28,6 +28,7 @@ async fn open(path: &Path, durability: Durability) -> Result<Arc<dyn Transport>>
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         partitions: None,
         max_payload_bytes: 1 << 20,
@@ -50,6 +51,7 @@ fn spec(group: &str, pattern: &str) -> Result<GroupSpec> {
         ordered: false,
         lease: Duration::from_secs(30),
         responder: false,
+        keep_expired: false,
     })
 }
 

@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 20] = [
+const OPTIONS: [(&str, Kind); 21] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -49,6 +49,7 @@ const OPTIONS: [(&str, Kind); 20] = [
     ("retention", Kind::Duration),
     ("max_age", Kind::Duration),
     ("max_events", Kind::Number),
+    ("max_bytes", Kind::Number),
     ("confirm", Kind::Text),
     ("partitions", Kind::Number),
     ("allow_network_fs", Kind::Flag),

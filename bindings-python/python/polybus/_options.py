@@ -53,6 +53,8 @@ class BusOptions(TypedDict, total=False):
     """Drop events older than this, finished or not. Default: never."""
     max_events: int
     """Drop the oldest events beyond this number, finished or not. Default: never."""
+    max_bytes: int
+    """Drop the oldest events beyond so many bytes, finished or not; on Redis of the log's memory. Default: never."""
     confirm: Literal["memory", "disk", "replica"]
     """Where a publish to a server must have arrived before it returns. Default ``memory``: in the server."""
     partitions: int
@@ -115,6 +117,8 @@ class SubscribeOptions(TypedDict, total=False):
     """Stop taking while the handler keeps failing. ``True`` for the defaults; default: none."""
     batch: BatchOptions | bool
     """The handler takes a list of events; ``BatchFailed`` fails some of them. ``True`` for the defaults."""
+    dead_letter_expired: bool
+    """Keep what expires before a handler got it, too. Default false: it is dropped and counted as ``expired``."""
 
 
 class MetaOptions(TypedDict, total=False):

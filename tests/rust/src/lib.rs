@@ -72,6 +72,7 @@ impl World {
             retention: None,
             max_age: None,
             max_events: None,
+            max_bytes: None,
             confirm: Confirm::default(),
             partitions: None,
             max_payload_bytes: 1 << 20,
@@ -92,6 +93,7 @@ impl World {
             broadcast: false,
             ordered,
             responder: false,
+            keep_expired: false,
             lease: Duration::from_secs(1),
         }
     }

@@ -25,6 +25,7 @@ fn words(capability: &str) -> &'static str {
         "broadcast" => "`broadcast`: a copy for each process",
         "ordered" => "`ordered`: the events of one partition key in order",
         "request" => "`request` and `respond`",
+        "history" => "the log can be read, and replayed into a group",
         other => panic!("say in docs/guarantees.md what {other} is: add it to {}", file!()),
     }
 }

@@ -1,5 +1,6 @@
 //! The tables, and opening a file that holds them.
 //!
+//! * `polybus_meta`: `boot_id`; `head` ([`super::publish::head`]); `begin:<group>`, the position before a group's first event.
 //! * `polybus_buses`: the logical buses of the file.
 //! * `polybus_events`: the log. `seq` is the position; SQLite has one writer at a time, so a commit with a larger `seq`
 //!   never becomes visible before one with a smaller, and a plain cursor misses nothing. Positions are never used
@@ -7,7 +8,8 @@
 //! * `polybus_delayed`: published with a delay; moved into the log when due.
 //! * `polybus_groups`: durable groups. Everything at or before `cursor` was taken by somebody or does not match.
 //! * `polybus_deliveries`: what was taken and is not finished. With an owner: leased. Without: waiting until `due_at`.
-//!   `event` is a copy of its own where the log's may be gone: replays, and what the user's limits removed.
+//!   `event` is a copy of its own where the log's may be gone, or shall not expire: replays of dead letters, replays of
+//!   events with an expiry, and what the user's limits removed.
 //!   In an ordered group `lane` is the partition key; see [`super::lane`].
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).

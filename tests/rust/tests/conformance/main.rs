@@ -5,6 +5,7 @@
 mod batches;
 mod delivery;
 mod flow;
+mod history;
 mod lifecycle;
 mod ordered;
 mod publishing;
@@ -56,6 +57,7 @@ fn run() -> Conclusion {
         ("requests", requests::ALL),
         ("flow", flow::ALL),
         ("batches", batches::ALL),
+        ("history", history::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {
