@@ -50,20 +50,12 @@ pub(super) fn join(tx: &Connection, bus: i64, spec: &GroupSpec) -> Result<Joined
     while publish::promote(tx, bus)? > 0 {}
     let cursor = begin(tx, bus, spec.start)?;
     tx.execute(
-        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen, ordered)
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, ?8)",
+        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen, ordered,
+           began)
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, ?8, ?6)",
         (bus, &*spec.group, &*spec.subscription, &*spec.service, spec.pattern.as_str(), cursor, now, spec.ordered),
     )?;
-    let group = tx.last_insert_rowid();
-    save_begin(tx, group, cursor)?;
-    Ok(Joined { group, cursor })
-}
-
-/// Notes where a new group begins, so that nobody takes what came before it for handled. In `polybus_meta`, because a
-/// column more would be another version of the file.
-fn save_begin(tx: &Connection, group: i64, cursor: i64) -> Result<()> {
-    tx.execute("INSERT OR REPLACE INTO polybus_meta(key, value) VALUES('begin:' || ?1, ?2)", (group, cursor))?;
-    Ok(())
+    Ok(Joined { group: tx.last_insert_rowid(), cursor })
 }
 
 /// The position before the first event of a new group.
@@ -142,6 +134,5 @@ pub(super) fn delete(tx: &Connection, bus: i64, name: &str) -> Result<bool> {
         tx.execute(&format!("DELETE FROM polybus_{table} WHERE group_id = ?1"), [group])?;
     }
     tx.execute("DELETE FROM polybus_groups WHERE id = ?1", [group])?;
-    tx.execute("DELETE FROM polybus_meta WHERE key = 'begin:' || ?1", [group])?;
     Ok(true)
 }

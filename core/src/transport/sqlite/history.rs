@@ -148,10 +148,8 @@ impl Book {
 }
 
 fn books(connection: &Connection, bus: i64, (first, last): (i64, i64)) -> Result<Vec<Book>> {
-    let mut groups = connection.prepare_cached(
-        "SELECT g.id, g.name, g.cursor, g.pattern, coalesce(m.value, 0) FROM polybus_groups g
-         LEFT JOIN polybus_meta m ON m.key = 'begin:' || g.id WHERE g.bus = ?1 ORDER BY g.name",
-    )?;
+    let mut groups = connection
+        .prepare_cached("SELECT id, name, cursor, pattern, began FROM polybus_groups WHERE bus = ?1 ORDER BY name")?;
     let mut rows = groups.query([bus])?;
     let mut books = Vec::new();
     while let Some(row) = rows.next()? {
