@@ -87,6 +87,10 @@ export declare class NativeBus {
   deadCount(key: number, query: string): string | null
   deadReplay(key: number, query: string): string | null
   deadPurge(key: number, query: string): string | null
+  /** A page of the log. */
+  history(key: number, query: string): string | null
+  /** A replay that has not begun. */
+  replay(options: string): NativeReplay
   /** Test kit: the events published, each as in `decodeEvent`. */
   published(pattern: string): string
   /** Test kit: the first event that matches, as in `decodeEvent`. */
@@ -99,6 +103,12 @@ export declare class NativeBus {
   advance(byMs: number): void
   /** Test kit. */
   idle(key: number): string | null
+}
+
+/** A replay under way. */
+export declare class NativeReplay {
+  /** The next batch: `{count, skipped, position, done}`, or `null` after the last. */
+  next(key: number): string | null
 }
 
 /** The schedule and mode of a publish, checked: whether it is synchronous, or `null` if it does not say. */

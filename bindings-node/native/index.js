@@ -773,9 +773,10 @@ if (
   }
 }
 
-const { Bridge, NativeBus, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
+const { Bridge, NativeBus, NativeReplay, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
 export { Bridge }
 export { NativeBus }
+export { NativeReplay }
 export { checkPublishOptions }
 export { checkRetryPolicy }
 export { configFromEnv }

@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 use crate::bridge::{Bridge, Output, Shared};
 use crate::error::throw;
 use crate::event;
+use crate::history;
 use crate::options;
 
 /// A bus of the core.
@@ -223,6 +224,7 @@ impl NativeBus {
                     "request": can.request,
                     "idempotent": can.idempotent,
                     "publishDedupe": can.publish_dedupe,
+                    "history": can.history,
                 },
             })
             .to_string())
@@ -295,6 +297,20 @@ impl NativeBus {
     pub fn dead_purge(&self, key: u32, query: String) -> napi::Result<Option<String>> {
         let query = dead_query(&query)?;
         self.start_with(key, |bus| async move { Ok(bus.dead_purge(query.filter).await?.to_string()) })
+    }
+
+    /// A page of the log.
+    #[napi]
+    pub fn history(&self, key: u32, query: String) -> napi::Result<Option<String>> {
+        let query = history::query(&query).map_err(throw)?;
+        self.start_with(key, |bus| history::page(bus, query))
+    }
+
+    /// A replay that has not begun.
+    #[napi]
+    pub fn replay(&self, options: String) -> napi::Result<history::NativeReplay> {
+        self.bridge.opened(self.id, &self.bus);
+        history::NativeReplay::of(self.bus.clone(), self.bridge.clone(), &options)
     }
 
     /// Test kit: the events published, each as in `decodeEvent`.

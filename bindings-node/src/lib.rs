@@ -7,6 +7,7 @@ mod bridge;
 mod bus;
 mod error;
 mod event;
+mod history;
 mod options;
 
 use napi_derive::napi;

@@ -10,6 +10,15 @@ import { DeadLetters } from './dead-letters.js'
 import { reloads } from './development.js'
 import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
 import { type Cut, Event, type MetaInput, uncut, uncutDelivered } from './event.js'
+import {
+  entries,
+  type HistoryEntry,
+  type HistoryOptions,
+  queryText,
+  type ReplayOptions,
+  type ReplayResult,
+  replayAll,
+} from './history.js'
 import { describe, describeValue, optionsText } from './json.js'
 import type { Answering, Live, Registration } from './live.js'
 import {
@@ -555,6 +564,37 @@ export class Bus<E extends object = AnyEvents> {
    */
   metrics(): string {
     return this.#native.metrics()
+  }
+
+  /**
+   * A page of the log in publish order: at most `limit` matching events (default 100), those after the position `after`.
+   * With `records`, each entry tells what every group did with the event. The log goes back as far as the retention.
+   *
+   * @throws InvalidPattern; InvalidConfig for a text that is no position, a limit of 0, or since after until; BusClosed,
+   * ConnectionFailed, and Unsupported where nothing is kept.
+   */
+  history<K extends TypeOf<E>>(pattern: K, options?: HistoryOptions): Promise<HistoryEntry<E[K]>[]>
+  history<T = any>(pattern?: string, options?: HistoryOptions): Promise<HistoryEntry<T>[]>
+  async history(pattern = '*', options?: HistoryOptions): Promise<HistoryEntry[]> {
+    const query = queryText(pattern, options, 'history')
+    return entries(await run((key) => this.#native.history(key, query)))
+  }
+
+  /**
+   * Hands matching events of the log to one group again: the same events, attempts from 1. No other group sees them.
+   *
+   * Goes over what the group had been given when the call began, and leaves alone what it still has to do and what its own
+   * pattern does not match. In batches, each atomic; `progress` is told after each, and what it throws ends the replay
+   * there. To go on after an interruption or a `limit`, give the last result's position as `after`.
+   *
+   * @throws NotFound for an unknown group, and what {@link Bus.history} throws.
+   */
+  async replay(pattern: string, options: ReplayOptions): Promise<ReplayResult> {
+    const { progress, ...rest } = (options ?? {}) as ReplayOptions
+    if (progress !== undefined && typeof progress !== 'function')
+      throw new InvalidConfig(`progress must be a function, not ${describeValue(progress)}`)
+    const replay = call(() => this.#native.replay(queryText(pattern, rest, 'replay')))
+    return await replayAll(() => run((key) => replay.next(key)), progress)
   }
 
   /** Forgets a durable group, what it had not finished and its dead letters. Resolves to whether there was one. */

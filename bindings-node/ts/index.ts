@@ -43,6 +43,14 @@ export {
 } from './errors.js'
 export { type Delivery, Event, type EventDict, type Meta, type MetaInput, type Received } from './event.js'
 export type {
+  HistoryEntry,
+  HistoryFilter,
+  HistoryOptions,
+  ProcessingRecord,
+  ReplayOptions,
+  ReplayResult,
+} from './history.js'
+export type {
   HandleMiddleware,
   HandleNext,
   PublishMiddleware,

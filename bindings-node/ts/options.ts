@@ -44,6 +44,8 @@ export interface BusOptions {
   maxAgeMs?: number
   /** Most events kept, likewise. Default none. */
   maxEvents?: number
+  /** Most bytes kept, likewise: of the events as stored, on Redis the memory of the log. Default none. */
+  maxBytes?: number
   /** Where a publish to a server must have arrived before it returns. Default `memory`: in the server. */
   confirm?: 'memory' | 'disk' | 'replica'
   /**

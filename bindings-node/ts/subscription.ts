@@ -72,6 +72,8 @@ export type WithBatch = SubscribeOptions & { batch: BatchOptions | true }
 /** Whether these are the options of a handler of batches. */
 export function takesBatches({ batch = false }: SubscribeOptions): boolean {
   return batch !== false && batch !== null
+  /** Keep what expires before a handler got it, too; otherwise it is dropped and counted as `expired`. Default false. */
+  deadLetterExpired?: boolean
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */

@@ -43,6 +43,8 @@ export interface Guarantees {
     readonly idempotent: boolean
     /** A publish with an idempotency key that was published before is absorbed. */
     readonly publishDedupe: boolean
+    /** The log can be read and replayed. */
+    readonly history: boolean
   }
 }
 

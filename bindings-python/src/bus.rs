@@ -14,11 +14,12 @@ use crate::bridge::{Bridge, Here, Operation, Reporter, untracked};
 use crate::dead_letter::PyDeadLetter;
 use crate::error::raise;
 use crate::event::{PyEvent, make};
+use crate::history;
 use crate::options;
 
 /// The core's bus.
 #[pyclass(name = "NativeBus", module = "polybus._native", frozen)]
-pub struct PyBus(Bus);
+pub struct PyBus(pub(crate) Bus);
 
 /// Says that an event was accepted.
 #[pyclass(name = "Receipt", module = "polybus", frozen)]
@@ -267,6 +268,7 @@ impl PyBus {
             facts.set_item("request", can.request)?;
             facts.set_item("idempotent", can.idempotent)?;
             facts.set_item("publish_dedupe", can.publish_dedupe)?;
+            facts.set_item("history", can.history)?;
             let details = PyDict::new(py);
             for (name, value) in found.details {
                 details.set_item(name, value)?;
@@ -326,6 +328,16 @@ impl PyBus {
     fn dead_purge(&self, py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<Operation> {
         let (filter, bus) = (query(py, given)?.filter, self.0.clone());
         Ok(Operation::new(async move { bus.dead_purge(filter).await }, count))
+    }
+
+    /// A page of the log.
+    fn history(&self, py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<Operation> {
+        history::page(py, &self.0, given)
+    }
+
+    /// A replay that has not begun.
+    fn replay(&self, py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<history::PyReplay> {
+        history::replay(py, &self.0, given)
     }
 
     fn close(&self, py: Python<'_>, timeout: &Bound<'_, PyAny>) -> PyResult<Operation> {
@@ -421,7 +433,7 @@ fn query(py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<DeadLetterQuery>
 }
 
 /// A dataclass of `polybus._views` with these fields.
-fn view(py: Python<'_>, class: &str, fields: &Bound<'_, PyDict>) -> PyResult<Py<PyAny>> {
+pub(crate) fn view(py: Python<'_>, class: &str, fields: &Bound<'_, PyDict>) -> PyResult<Py<PyAny>> {
     Ok(py.import("polybus._views")?.getattr(class)?.call((), Some(fields))?.unbind())
 }
 

@@ -15,7 +15,7 @@ pub struct PyDeadLetter(pub DeadLetter);
 
 /// What a handler raised last, each part cut to 4 KiB.
 #[pyclass(name = "Failure", module = "polybus", frozen)]
-pub struct PyFailure(Failure);
+pub struct PyFailure(pub Failure);
 
 #[pymethods]
 impl PyDeadLetter {

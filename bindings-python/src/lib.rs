@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 mod error;
 mod json;
 mod event;
+mod history;
 mod options;
 mod log;
 mod bridge;
@@ -30,6 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<bus::PyBus>()?;
     module.add_class::<bus::PySubscription>()?;
     module.add_class::<bus::PyReceipt>()?;
+    module.add_class::<history::PyReplay>()?;
     module.add_class::<dead_letter::PyDeadLetter>()?;
     module.add_class::<dead_letter::PyFailure>()?;
     module.add_class::<bridge::Bridge>()?;

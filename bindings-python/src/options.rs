@@ -59,6 +59,7 @@ pub const BUS: Options = Options {
         ("retention", Seconds),
         ("max_age", Seconds),
         ("max_events", Plain),
+        ("max_bytes", Plain),
         ("confirm", Plain),
         ("idempotency_window", Seconds),
         ("partitions", Plain),
@@ -81,6 +82,7 @@ pub const SUBSCRIBE: Options = Options {
         ("broadcast", Plain),
         ("ordered", Plain),
         ("dead_letter", Plain),
+        ("dead_letter_expired", Plain),
         ("respond", Plain),
         ("batch", Members(&BATCH)),
         ("idempotent", Key),
@@ -110,6 +112,30 @@ pub const DEAD_LETTERS: Options = Options {
         ("since", Time),
         ("before", Time),
         ("older_than", Seconds),
+        ("after", Plain),
+        ("limit", Plain),
+    ],
+};
+
+pub const HISTORY: Options = Options {
+    what: "history()",
+    known: &[
+        ("pattern", Plain),
+        ("since", Time),
+        ("until", Time),
+        ("limit", Plain),
+        ("after", Plain),
+        ("records", Plain),
+    ],
+};
+
+pub const REPLAY: Options = Options {
+    what: "replay()",
+    known: &[
+        ("pattern", Plain),
+        ("since", Time),
+        ("until", Time),
+        ("group", Plain),
         ("after", Plain),
         ("limit", Plain),
     ],

@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn spec(name: &str, ordered: bool) -> Result<GroupSpec, Failure> {
     Ok(GroupSpec {
         responder: false,
+        keep_expired: false,
         group: format!("bench/{name}").into(),
         subscription: name.into(),
         service: "bench".into(),
@@ -74,6 +75,7 @@ async fn run() -> Result<(), Failure> {
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         partitions: None,
         max_payload_bytes: 1 << 20,

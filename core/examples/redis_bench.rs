@@ -79,6 +79,7 @@ async fn open(url: &str) -> Result<Arc<dyn Transport>, Failure> {
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         idempotency_window: None,
         partitions: None,
@@ -121,6 +122,7 @@ async fn consume(url: &str, events: u64) -> Result<Value, Failure> {
         ordered: false,
         lease: Duration::from_secs(30),
         responder: false,
+        keep_expired: false,
     };
     let source = bus.subscribe(spec).await?;
     say(&json!({ "ready": true }))?;

@@ -28,6 +28,7 @@ async fn open(path: &Path, durability: Durability) -> Result<Arc<dyn Transport>>
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         idempotency_window: None,
         partitions: None,
@@ -51,6 +52,7 @@ fn spec(group: &str, pattern: &str) -> Result<GroupSpec> {
         ordered: false,
         lease: Duration::from_secs(30),
         responder: false,
+        keep_expired: false,
     })
 }
 

@@ -17,8 +17,9 @@ use crate::dispatch::{Dispatcher, Once, Rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, EventType, Meta, Text};
 use crate::handler::Handler;
+use crate::history::{HistoryEntry, ReplayBatch, ReplayStep};
 use crate::metrics::{Ledger, Origin};
-use crate::options::{BusOptions, IDEMPOTENT_RETENTION, SubscribeOptions};
+use crate::options::{BusOptions, HistoryQuery, IDEMPOTENT_RETENTION, SubscribeOptions};
 use crate::pattern::Pattern;
 use crate::process::{self, PerProcess};
 use crate::request::{self, Desk};
@@ -299,6 +300,7 @@ impl Bus {
             ordered: options.ordered,
             lease: bus.lease,
             responder: options.respond,
+            keep_expired: options.dead_letter_expired && !options.broadcast,
         };
         // Dropped on failure or cancellation: that ends the subscription and frees its name.
         let ending = EndGuard(ended_tx);
@@ -480,6 +482,23 @@ impl Bus {
     pub async fn dead_purge(&self, filter: DeadLetterFilter) -> Result<u64> {
         let id = filter.id.clone();
         found(id, self.open().await?.dead_purge(filter).await?)
+    }
+
+    /// Events of the log in publish order, those after a position. `InvalidConfig` for a text that is no position, a
+    /// limit of 0, or a time that ends before it begins.
+    pub async fn history(&self, query: HistoryQuery) -> Result<Vec<HistoryEntry>> {
+        query.filter.check()?;
+        if query.limit == 0 {
+            return Err(Error::invalid_config("limit=0 is not valid; give at least 1"));
+        }
+        let HistoryQuery { filter, after, limit, records } = query;
+        let found = self.open().await?.history(filter, after, limit, records).await;
+        found.map_err(|error| error.during("history"))
+    }
+
+    /// One step of a [`Replay`](crate::Replay).
+    pub(crate) async fn replay_step(&self, step: ReplayStep) -> Result<ReplayBatch> {
+        self.open().await?.replay(step).await.map_err(|error| error.during("replay"))
     }
 
     /// Stops intake, lets running handlers end for up to `timeout`, cancels the rest, hands their leases back

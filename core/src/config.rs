@@ -32,7 +32,7 @@ enum Kind {
     Retry,
 }
 
-const OPTIONS: [(&str, Kind); 21] = [
+const OPTIONS: [(&str, Kind); 22] = [
     ("service", Kind::Text),
     ("bus", Kind::Text),
     ("mode", Kind::Text),
@@ -49,6 +49,7 @@ const OPTIONS: [(&str, Kind); 21] = [
     ("retention", Kind::Duration),
     ("max_age", Kind::Duration),
     ("max_events", Kind::Number),
+    ("max_bytes", Kind::Number),
     ("confirm", Kind::Text),
     ("idempotency_window", Kind::Duration),
     ("partitions", Kind::Number),

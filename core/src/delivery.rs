@@ -53,6 +53,8 @@ pub struct Delivery {
     pub received_at: SystemTime,
     /// When the first attempt failed, if one did.
     pub first_failed_at: Option<SystemTime>,
+    /// Its time ran out before a handler got it: the group wants it kept as a dead letter.
+    pub expired: bool,
 }
 
 /// What went wrong in a handler, kept with the dead letter. Each part is cut to 4 KiB.

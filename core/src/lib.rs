@@ -2,7 +2,7 @@
 //!
 //! An event walks one way through these modules, and each imports only those named before it:
 //!
-//! `error → event → pattern → codec → retry → delivery → dead_letter → transport → handler → dispatch → request → bus → host`
+//! `error → event → pattern → codec → retry → delivery → dead_letter → history → transport → handler → dispatch → request → bus → replay → host`
 //!
 //! `batch`, `breaker`, `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
@@ -18,6 +18,7 @@ mod dispatch;
 pub mod error;
 pub mod event;
 pub mod handler;
+pub mod history;
 pub mod host;
 mod lease;
 pub mod logs;
@@ -26,6 +27,7 @@ pub mod options;
 pub mod pattern;
 pub mod process;
 pub mod request;
+mod replay;
 pub mod retry;
 pub mod subscription;
 mod testkit;
@@ -38,5 +40,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use event::{Event, EventType, Meta};
 pub use options::{BusOptions, SubscribeOptions};
 pub use pattern::Pattern;
+pub use replay::Replay;
 pub use retry::RetryPolicy;
 pub use subscription::Subscription;

@@ -15,6 +15,7 @@ use crate::codec;
 use crate::dead_letter::DeadLetterFilter;
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::history::HistoryFilter;
 use crate::pattern::Pattern;
 use crate::retry::RetryPolicy;
 use crate::transport::{Confirm, Durability, Settings, Start, WhenFull};
@@ -100,6 +101,8 @@ pub struct BusOptions {
     pub max_age: Option<Duration>,
     /// Most events kept, likewise. Default none.
     pub max_events: Option<u64>,
+    /// Most bytes kept, likewise: of the events as stored, on Redis the memory of the log. Default none.
+    pub max_bytes: Option<u64>,
     /// Where a publish must have arrived before it returns, on servers. Default [`Confirm::Memory`].
     pub confirm: Confirm,
     /// How long the idempotency key of a published event is remembered: another publish with it is absorbed. Zero turns
@@ -136,6 +139,7 @@ impl BusOptions {
             retention: None,
             max_age: None,
             max_events: None,
+            max_bytes: None,
             confirm: Confirm::Memory,
             idempotency_window: None,
             partitions: None,
@@ -173,6 +177,7 @@ impl BusOptions {
             retention: from.duration("retention_ms", Duration::ZERO)?,
             max_age: from.duration("max_age_ms", Duration::from_millis(1))?,
             max_events: from.integer("max_events", 1..=u64::MAX)?,
+            max_bytes: from.integer("max_bytes", 1..=u64::MAX)?,
             confirm: from.word("confirm", &CONFIRMS)?.unwrap_or_default(),
             idempotency_window: from.duration("idempotency_window_ms", Duration::ZERO)?,
             partitions: from.integer("partitions", 1..=256)?.map(|n| n as u32),
@@ -193,6 +198,7 @@ impl BusOptions {
             retention: self.retention,
             max_age: self.max_age,
             max_events: self.max_events,
+            max_bytes: self.max_bytes,
             confirm: self.confirm,
             idempotency_window: self.idempotency_window,
             partitions: self.partitions,
@@ -268,6 +274,9 @@ pub struct SubscribeOptions {
     pub idempotent: Option<Key>,
     /// How long a handled key is remembered. Default 7 days ([`IDEMPOTENT_RETENTION`]).
     pub idempotent_retention: Option<Duration>,
+    /// An event that expires before a handler got it becomes a dead letter; otherwise it is dropped and counted.
+    /// Default false.
+    pub dead_letter_expired: bool,
 }
 
 impl SubscribeOptions {
@@ -345,11 +354,19 @@ impl SubscribeOptions {
             broadcast: from.boolean("broadcast")?.unwrap_or(false),
             ordered: from.boolean("ordered")?.unwrap_or(false),
             drop_dead: !from.boolean("dead_letter")?.unwrap_or(!respond),
+            dead_letter_expired: from.boolean("dead_letter_expired")?.unwrap_or(false),
             breaker: from.members("breaker", Reader::breaker)?,
             batch: from.members("batch", Reader::batch)?,
             idempotent: from.key("idempotent")?,
             idempotent_retention: from.duration("idempotent_retention_ms", Duration::from_millis(1))?,
         };
+        if options.dead_letter_expired && (options.drop_dead || options.broadcast) {
+            let other = from.naming.word(if options.broadcast { "broadcast" } else { "dead_letter" });
+            let what = from.naming.word("dead_letter_expired");
+            return Err(Error::invalid_config(format!(
+                "{what} keeps dead letters and {other} says that there are none; leave one of them out"
+            )));
+        }
         from.finish()?;
         options.check()?;
         Ok(options)
@@ -434,6 +451,75 @@ impl DeadLetterQuery {
         let limit = from.integer("limit", 1..=100_000)?.map_or(100, |limit| limit as usize);
         from.finish()?;
         Ok(Self { filter, after, limit })
+    }
+}
+
+/// Which events of the log to read, and how many.
+#[derive(Debug, Clone)]
+pub struct HistoryQuery {
+    /// Which.
+    pub filter: HistoryFilter,
+    /// Only those after this position. Default none.
+    pub after: Option<Text>,
+    /// At most this many. Default 100.
+    pub limit: usize,
+    /// With what each group did with them. Default false.
+    pub records: bool,
+}
+
+impl HistoryQuery {
+    /// Reads a JSON object. `InvalidConfig` names the option, what is wrong and the nearest known word. `since` and
+    /// `until` are milliseconds since 1970.
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("history", json, naming)?;
+        let query = Self {
+            filter: from.events()?,
+            after: from.string("after")?.map(Text::from),
+            limit: from.integer("limit", 1..=100_000)?.map_or(100, |limit| limit as usize),
+            records: from.boolean("records")?.unwrap_or(false),
+        };
+        from.finish()?;
+        query.filter.check()?;
+        Ok(query)
+    }
+}
+
+/// Which events of the log to hand to one group again.
+#[derive(Debug, Clone)]
+pub struct ReplayOptions {
+    /// The only group that gets them.
+    pub group: Text,
+    /// Which; those that the group does not follow are left out.
+    pub filter: HistoryFilter,
+    /// Only those after this position. Default none.
+    pub after: Option<Text>,
+    /// Stop after this many. Default none.
+    pub limit: Option<u64>,
+}
+
+impl ReplayOptions {
+    /// All events that `group` follows.
+    pub fn new(group: impl Into<Text>) -> Self {
+        Self { group: group.into(), filter: HistoryFilter::default(), after: None, limit: None }
+    }
+
+    /// Reads a JSON object, as [`HistoryQuery::from_json`].
+    pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
+        let mut from = Reader::new("replay", json, naming)?;
+        let Some(group) = from.string("group")? else {
+            return Err(Error::invalid_config(
+                "group is missing: name the one group that gets the events, like group=\"shop/mail\"",
+            ));
+        };
+        let options = Self {
+            group: group.into(),
+            filter: from.events()?,
+            after: from.string("after")?.map(Text::from),
+            limit: from.integer("limit", 1..=u64::MAX)?,
+        };
+        from.finish()?;
+        options.filter.check()?;
+        Ok(options)
     }
 }
 

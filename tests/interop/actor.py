@@ -62,6 +62,10 @@ async def main(url: str, bus_name: str) -> None:
                     tell({"dead": [described(letter) for letter in await bus.dead_letters.list(limit=100)]})
                 case "replay":
                     tell({"replayed": await bus.dead_letters.replay({})})
+                case "again":
+                    wanted = {name: command[name] for name in ("group", "limit", "after") if name in command}
+                    result = await bus.replay(command["pattern"], **wanted)
+                    tell({"again": {"count": result.count, "position": result.position}})
 
 
 def record(path: str, line: str) -> None:

@@ -72,6 +72,9 @@ for await (const line of createInterface({ input: process.stdin })) {
     tell({ dead: (await bus.deadLetters.list({ limit: 100 })).map(described) })
   } else if (command.do === 'replay') {
     tell({ replayed: await bus.deadLetters.replay({}) })
+  } else if (command.do === 'again') {
+    const { group, after } = command
+    tell({ again: await bus.replay(command.pattern, { group, limit: command.limit, after }) })
   }
 }
 await bus.close()

@@ -149,6 +149,30 @@ def test_dead_letters_and_replay(stage: Stage, publisher: str, consumer: str) ->
     assert taker.ask("replayed", "replay") == 0
 
 
+@pytest.mark.parametrize(("replayer", "consumer"), [("python", "node"), ("node", "python")])
+def test_a_replay_of_the_log_reaches_a_group_of_the_other_language(stage: Stage, replayer: str, consumer: str) -> None:
+    """And only that group; what one language left off, the other takes up by its position."""
+    operator, taker = stage.actor(replayer), stage.actor(consumer)
+    taker.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
+    for number in range(3):
+        operator.ask("published", "publish", type="order.placed", payload=str(number), meta={})
+        assert taker.wait("saw")["payload"] == str(number)
+    taker.ask("unsubscribed", "unsubscribe")  # also waits until the verdicts are stored
+    operator.ask("subscribed", "subscribe", pattern="order.*", name="other", group="other")
+    first = operator.ask("again", "again", pattern="order.*", group="g", limit=1)
+    assert first["count"] == 1
+    rest = taker.ask("again", "again", pattern="order.*", group="g", after=first["position"])
+    assert rest["count"] == 2
+    heir = stage.actor(consumer)
+    heir.ask("subscribed", "subscribe", pattern="order.*", name="s", group="g")
+    again = [heir.wait("saw") for _ in range(3)]
+    assert sorted(line["payload"] for line in again) == ["0", "1", "2"]
+    assert {line["attempt"] for line in again} == {1}
+    # The other group's next event is a new one: it saw nothing of the replay.
+    taker.ask("published", "publish", type="order.placed", payload="3", meta={})
+    assert operator.wait("saw")["payload"] == "3"
+
+
 @pytest.mark.parametrize("killed", LANGUAGES)
 def test_what_a_killed_process_held_goes_to_another_language(stage: Stage, killed: str) -> None:
     """X1: killed in mid-handler; the next language has it within two leases, as the second attempt."""

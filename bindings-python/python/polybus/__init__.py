@@ -1,7 +1,7 @@
 """One event bus for Python and TypeScript services, with a Rust core."""
 
 from polybus._native import Aggregate, DeadLetter, Delivery, Event, Failure, Meta, Receipt, RetryPolicy, version
-from polybus._views import Guarantees, SubscriptionStats
+from polybus._views import Guarantees, HistoryEntry, Record, ReplayResult, SubscriptionStats
 from polybus.bus import Bus
 from polybus.errors import (
     AuthFailed,
@@ -49,6 +49,7 @@ __all__ = [
     "Guarantees",
     "HandlerError",
     "HandlerTimeout",
+    "HistoryEntry",
     "InvalidConfig",
     "InvalidEvent",
     "InvalidPattern",
@@ -61,8 +62,10 @@ __all__ = [
     "PublishTimeout",
     "PublishUnknown",
     "Receipt",
+    "Record",
     "Reject",
     "Remote",
+    "ReplayResult",
     "RequestTimeout",
     "Retry",
     "RetryPolicy",

@@ -54,6 +54,8 @@ class BusOptions(TypedDict, total=False):
     """Drop events older than this, finished or not. Default: never."""
     max_events: int
     """Drop the oldest events beyond this number, finished or not. Default: never."""
+    max_bytes: int
+    """Drop the oldest events beyond so many bytes, finished or not; on Redis of the log's memory. Default: never."""
     confirm: Literal["memory", "disk", "replica"]
     """Where a publish to a server must have arrived before it returns. Default ``memory``: in the server."""
     idempotency_window: Seconds
@@ -124,6 +126,8 @@ class SubscribeOptions(TypedDict, total=False):
     has none. A plain function tells the key; where it returns ``None``, the event's own counts. Default false."""
     idempotent_retention: Seconds
     """How long a handled key is remembered. Default: 7 days."""
+    dead_letter_expired: bool
+    """Keep what expires before a handler got it, too. Default false: it is dropped and counted as ``expired``."""
 
 
 class MetaOptions(TypedDict, total=False):

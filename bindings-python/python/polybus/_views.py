@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from polybus._native import Event, Failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Guarantees:
     """Subscriptions can handle events of one key once."""
     publish_dedupe: bool
     """A publish with an idempotency key that was published before is absorbed."""
+    history: bool
+    """The log can be read and replayed."""
     details: Mapping[str, str] = field(default_factory=dict)
     """What was looked at: version, file system, settings."""
     warnings: Sequence[str] = ()
@@ -75,3 +81,57 @@ class SubscriptionStats:
     """Where the breaker stands; ``None`` without one."""
     busy_seconds: float
     """Sum of the handlers' times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one group did with one event, from what the store keeps anyway; ``None`` is what it does not keep."""
+
+    group: str
+    status: Literal["pending", "processing", "completed", "failed"]
+    """``completed``: the group has gone past it and holds nothing of it any more. ``failed``: it waits for its next
+    attempt (``retry_at``), or is a dead letter (``dead_letter``)."""
+    attempts: int | None
+    """Attempts that were begun, this one included."""
+    first_failed_at: datetime | None
+    last_failed_at: datetime | None
+    retry_at: datetime | None
+    """When the next attempt is due."""
+    completed_at: datetime | None
+    """No store keeps that today."""
+    error: Failure | None
+    """What went wrong last."""
+    dead_letter: str | None
+    """The dead letter's id, for ``bus.dead_letters``."""
+    reason: str | None
+    """Why it is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryEntry:
+    """One event of the log."""
+
+    event: Event[Any] | None
+    """``None`` when the bytes cannot be decoded; they are in ``raw``."""
+    raw: bytes | None
+    """The bytes as stored, when they are no event."""
+    position: str
+    """Where it stands in the log, as in the receipt of its publish."""
+    published_at: datetime
+    """When it entered the log, by the store's clock."""
+    records: tuple[Record, ...] | None
+    """What each group did with it, by the groups' names; ``None`` unless asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """How far a replay is."""
+
+    count: int
+    """Events handed to the group."""
+    skipped: int
+    """Events left alone because the group had them to do already."""
+    position: str | None
+    """Up to where the log was looked at: give it as ``after`` to go on from there."""
+    done: bool
+    """Nothing is left; false while it goes on, and when the limit ended it."""

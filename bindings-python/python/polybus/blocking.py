@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 
-from polybus import _handlers, _middleware, _native, _runtime
+from polybus import _handlers, _middleware, _native, _runtime, history
 from polybus._native import DeadLetter, Event, Receipt
-from polybus._views import Guarantees, SubscriptionStats
+from polybus._views import Guarantees, HistoryEntry, ReplayResult, SubscriptionStats
 from polybus.dead_letters import _which
 from polybus.errors import HandlerTimeout, InvalidHandler
 from polybus.subscription import Subscription
@@ -359,6 +359,35 @@ class Blocking:
     def metrics(self) -> str:
         """As `Bus.metrics`."""
         return self._bus.metrics()
+
+    def history(
+        self,
+        pattern: str = "*",
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        limit: int = 100,
+        after: str | None = None,
+        records: bool = False,
+    ) -> list[HistoryEntry]:
+        """As `Bus.history`."""
+        given = {"pattern": pattern, "since": since, "until": until, "limit": limit, "after": after, "records": records}
+        entries: list[HistoryEntry] = _wait(self._native.history(given))
+        return entries
+
+    def replay(
+        self,
+        pattern: str = "*",
+        *,
+        group: str,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        progress: Callable[[ReplayResult], object] | None = None,
+    ) -> ReplayResult:
+        """As `Bus.replay`, with a plain function for `progress`."""
+        given = {"pattern": pattern, "since": since, "until": until, "group": group, "after": after, "limit": limit}
+        return history.run_blocking(self._native, given, progress, _wait)
 
     def delete_group(self, group: str) -> bool:
         """As `Bus.delete_group`."""

@@ -113,6 +113,9 @@ impl Dispatcher {
             Body::Undecodable { reason, .. } => {
                 (DeadReason::Undecodable, Failure::new("InvalidEvent", reason.as_str(), ""))
             }
+            Body::Event(_) if delivery.expired => {
+                (DeadReason::Expired, Failure::new("Expired", "its time ran out before a handler got it", ""))
+            }
             Body::Event(event) if delivery.attempt > self.rules.retry.max_attempts().max(POISON_ATTEMPTS) => {
                 let attempts = &self.counters.attempts;
                 attempts.change(Origin::of(event), |attempts| attempts.ended(Status::DeadLettered, None));

@@ -33,6 +33,7 @@ impl Source for Store {
             redelivered: false,
             received_at: SystemTime::now(),
             first_failed_at: None,
+            expired: false,
         };
         Box::pin(std::future::ready(Ok((1..=3).map(delivery).collect())))
     }

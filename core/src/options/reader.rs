@@ -8,6 +8,8 @@ use super::{Key, Naming};
 use crate::batch::BatchOptions;
 use crate::breaker::BreakerOptions;
 use crate::error::{Error, Result, nearest};
+use crate::history::HistoryFilter;
+use crate::pattern::Pattern;
 use crate::retry::{Jitter, RetryPolicy};
 use crate::transport::Start;
 
@@ -16,7 +18,7 @@ pub(super) struct Reader {
     what: &'static str,
     /// The option whose members these are, and a dot.
     within: String,
-    naming: Naming,
+    pub(super) naming: Naming,
     values: Map<String, Value>,
     known: Vec<&'static str>,
 }
@@ -128,6 +130,14 @@ impl Reader {
             Some(millis) => Ok(Some(SystemTime::UNIX_EPOCH + Duration::from_secs_f64(millis / 1000.0))),
             None => Err(self.wrong(name, &value, "give a time")),
         }
+    }
+
+    pub(super) fn events(&mut self) -> Result<HistoryFilter> {
+        Ok(HistoryFilter {
+            pattern: self.string("pattern")?.map(|pattern| Pattern::new(&pattern)).transpose()?,
+            since: self.time("since")?,
+            until: self.time("until")?,
+        })
     }
 
     pub(super) fn retry(&mut self, name: &'static str) -> Result<Option<RetryPolicy>> {

@@ -21,6 +21,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease, Verdict};
 use crate::error::{Error, Result, nearest};
 use crate::event::{Event, Text};
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::pattern::Pattern;
 
 pub use self::room::WhenFull;
@@ -55,6 +56,8 @@ pub struct Capabilities {
     pub idempotent: bool,
     /// A publish whose idempotency key was seen within the window is absorbed.
     pub publish_dedupe: bool,
+    /// The log can be read, with what became of each event, and replayed into a group.
+    pub history: bool,
 }
 
 /// What holds on the live store, as measured, not as hoped.
@@ -131,6 +134,8 @@ pub struct GroupSpec {
     pub lease: Duration,
     /// Its handler answers requests: [`Transport::responders`] finds it while it gives signs of life.
     pub responder: bool,
+    /// Hand out what has expired, marked so that it becomes a dead letter; otherwise it is dropped and counted.
+    pub keep_expired: bool,
 }
 
 /// One group's numbers. Counted on the live store.
@@ -240,6 +245,20 @@ pub trait Transport: Send + Sync + 'static {
     fn repeat(&self, _batch: Vec<Outgoing>) -> Task<Result<Vec<Receipt>>> {
         Box::pin(std::future::ready(Err(Error::unsupported("only a test bus publishes twice"))))
     }
+    /// Events of the log in publish order, those after the position `after`, at most `limit`; with `records`, what each
+    /// group did with them. `InvalidConfig` for a text that is no position.
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>>;
+
+    /// Hands the next events of the log to one group again, as [`ReplayStep`] says: the same events, attempts from 1,
+    /// without their expiry. What the group has to do already, or does not follow, is left alone. `NotFound` for a
+    /// group that does not exist.
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>>;
 
     /// Waits until nothing is left to do at this moment of the transport's clock. Only with a stopped clock.
     fn idle(&self) -> Task<Result<()>> {
@@ -319,6 +338,8 @@ pub struct Settings {
     pub max_age: Option<Duration>,
     /// The user's own limit on the number of events kept, likewise.
     pub max_events: Option<u64>,
+    /// The user's own limit on the bytes of the log, likewise.
+    pub max_bytes: Option<u64>,
     /// Where a publish must have arrived before it returns.
     pub confirm: Confirm,
     /// Parts that the log is split into; `None`: what the bus has, or 1.

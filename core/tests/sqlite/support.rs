@@ -23,6 +23,7 @@ pub fn settings() -> Settings {
         retention: None,
         max_age: None,
         max_events: None,
+        max_bytes: None,
         confirm: Confirm::Memory,
         idempotency_window: None,
         partitions: None,
@@ -80,6 +81,7 @@ pub fn spec(group: &str) -> GroupSpec {
         ordered: false,
         lease: Duration::from_secs(30),
         responder: false,
+        keep_expired: false,
     }
 }
 

@@ -124,6 +124,13 @@ export async function rest(bus: Bus): Promise<void> {
     { orderId: 'o-1' },
     { userId: 'u', headers: { a: 'b' } },
   )
+  const [entry] = await bus.history<OrderPlaced>('order.*', { since: new Date(), limit: 5, records: true })
+  const orderId: string | undefined = entry?.event?.payload.orderId
+  const status: 'pending' | 'processing' | 'completed' | 'failed' | undefined = entry?.records?.[0]?.status
+  const { count, position } = await bus.replay('order.*', { group: 'shop/mail', progress: ({ done }) => done })
+  console.log(orderId, status, count + 1, position?.length)
+  // @ts-expect-error: a replay goes into one group
+  await bus.replay('order.*', {})
   // @ts-expect-error: events are immutable
   event.type = 'other'
   // @ts-expect-error: unknown meta

@@ -20,10 +20,12 @@ from polybus import (
     Event,
     Guarantees,
     HandlerError,
+    HistoryEntry,
     PolybusError,
     Receipt,
     Reject,
     Remote,
+    ReplayResult,
     RetryPolicy,
     Subscription,
     SubscriptionStats,
@@ -108,6 +110,9 @@ async def main() -> None:
     assert_type(await bus.dead_letters.replay("id"), int)
     assert_type(await bus.dead_letters.purge(older_than=timedelta(days=7)), int)
     await bus.dead_letters.purge(colour="red")  # type: ignore[call-arg]
+    assert_type(await bus.history("x", limit=5, records=True), list[HistoryEntry])
+    assert_type(await bus.replay("x", group="g", progress=print), ReplayResult)
+    await bus.replay("x")  # type: ignore[call-arg]
     assert_type(await bus.guarantees(), Guarantees)
     assert_type(await bus.stats(), dict[str, SubscriptionStats])
     assert_type(bus.metrics(), str)
@@ -163,6 +168,8 @@ def blocking() -> None:
         for event in b.events("x"):
             assert_type(event, Event[Any])
         assert_type(b.dead_letters.count(), int)
+        assert_type(b.history(), list[HistoryEntry])
+        assert_type(b.replay(group="g"), ReplayResult)
 
 
 async def testing() -> None:

@@ -73,6 +73,7 @@ impl World {
             retention: None,
             max_age: None,
             max_events: None,
+            max_bytes: None,
             confirm: Confirm::default(),
             partitions: None,
             max_payload_bytes: 1 << 20,
@@ -93,6 +94,7 @@ impl World {
             broadcast: false,
             ordered,
             responder: false,
+            keep_expired: false,
             lease: Duration::from_secs(1),
         }
     }

@@ -27,6 +27,7 @@ fn words(capability: &str) -> &'static str {
         "request" => "`request` and `respond`",
         "idempotent" => "`idempotent`: a key is handled once",
         "publish_dedupe" => "an `idempotency_key` is published once",
+        "history" => "the log can be read, and replayed into a group",
         other => panic!("say in docs/guarantees.md what {other} is: add it to {}", file!()),
     }
 }

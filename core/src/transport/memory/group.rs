@@ -8,7 +8,7 @@ use ahash::AHashMap;
 use tokio::sync::Notify;
 
 use super::marks::Marks;
-use crate::delivery::{Body, Delivery, Lease};
+use crate::delivery::{Body, DeadReason, Delivery, Failure, Lease};
 use crate::event::{Event, Text};
 use crate::transport::{Begun, GroupSpec, GroupStats, Rest};
 
@@ -25,6 +25,10 @@ pub(super) struct Pending {
     pub redelivered: bool,
     pub first_failed: Option<SystemTime>,
     pub replayed_from: Option<Text>,
+    /// What went wrong last.
+    pub failure: Option<Box<Failure>>,
+    /// It does not depend on the log, so limits on the log do not concern it.
+    pub own: bool,
 }
 
 struct Leased {
@@ -47,6 +51,8 @@ pub(super) struct Group {
     pub members: usize,
     /// Those that wait for a time, by owner.
     pub resting: AHashMap<u64, Rest>,
+    /// Events at or before this were not for it.
+    pub begin: i64,
     /// Published and not finished, whatever its state.
     pub load: Load,
     expired: u64,
@@ -67,7 +73,7 @@ pub(super) enum Ended {
 }
 
 impl Group {
-    pub fn new(spec: GroupSpec) -> Self {
+    pub fn new(spec: GroupSpec, begin: i64) -> Self {
         Self {
             spec,
             ready: VecDeque::new(),
@@ -77,6 +83,7 @@ impl Group {
             wake: Arc::new(Notify::new()),
             members: 0,
             resting: AHashMap::new(),
+            begin,
             load: Load::default(),
             expired: 0,
             marks: Marks::default(),
@@ -85,17 +92,33 @@ impl Group {
 
     /// Adds an event at the end of the queue, or at its place in the lane of its key.
     pub fn push(&mut self, pending: Pending) {
+        if let Some(pending) = self.enter(pending) {
+            self.ready.push_back(pending);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Adds events before all others, in their order, or at their places in the lanes of their keys.
+    pub fn push_first(&mut self, events: Vec<Pending>) {
+        let free: Vec<_> = events.into_iter().filter_map(|pending| self.enter(pending)).collect();
+        for pending in free.into_iter().rev() {
+            self.ready.push_front(pending);
+        }
+        self.wake.notify_one();
+    }
+
+    /// Counts an event that comes in. It comes back, unless it waits for its key now.
+    fn enter(&mut self, pending: Pending) -> Option<Pending> {
         self.load.events += 1;
         self.load.bytes += pending.event.payload.len();
         if let (true, Some(key)) = (self.spec.ordered, pending.event.meta.lane()) {
             if let Some(lane) = self.lanes.get_mut(key) {
                 lane.insert(pending.position, pending);
-                return;
+                return None;
             }
             self.lanes.insert(key.clone(), BTreeMap::new());
         }
-        self.ready.push_back(pending);
-        self.wake.notify_one();
+        Some(pending)
     }
 
     /// Lets go of an event, and the next one of its key goes. At the end of the queue, so that keys take turns.
@@ -124,7 +147,8 @@ impl Group {
         let mut taken = Vec::with_capacity(max.min(self.ready.len()));
         while taken.len() < max {
             let Some(mut pending) = self.ready.pop_front() else { break };
-            if pending.expires.is_some_and(|expires| expires <= now) {
+            let expired = pending.expires.is_some_and(|expires| expires <= now);
+            if expired && !self.spec.keep_expired {
                 self.expired += 1;
                 self.finish(&pending);
                 continue;
@@ -139,6 +163,7 @@ impl Group {
                 redelivered: std::mem::replace(&mut pending.redelivered, true),
                 received_at: wall,
                 first_failed_at: pending.first_failed,
+                expired,
             });
             self.leased.insert(lease.position, Leased { token: *token, owner, pending });
         }
@@ -192,18 +217,27 @@ impl Group {
         Some(Ended::Gone)
     }
 
-    pub fn retry(&mut self, lease: Lease, due: Duration, now: Duration, wall: SystemTime) -> Option<Ended> {
+    pub fn retry(
+        &mut self,
+        lease: Lease,
+        due: Duration,
+        (now, wall): (Duration, SystemTime),
+        failure: Failure,
+    ) -> Option<Ended> {
         let mut pending = self.end(lease)?;
         self.unmark(lease, false, now);
         pending.first_failed.get_or_insert(wall);
+        pending.failure = Some(Box::new(failure));
         self.waiting.insert((due, pending.position), pending);
         self.wake.notify_one();
         Some(Ended::Gone)
     }
 
-    pub fn bury(&mut self, lease: Lease, now: Duration) -> Option<Ended> {
-        let pending = self.end(lease)?;
+    pub fn bury(&mut self, lease: Lease, reason: DeadReason, now: Duration) -> Option<Ended> {
+        let mut pending = self.end(lease)?;
         self.unmark(lease, false, now);
+        // No handler got it this time.
+        pending.attempts -= u32::from(reason == DeadReason::Expired);
         self.finish(&pending);
         Some(Ended::Dead(pending))
     }
@@ -234,6 +268,47 @@ impl Group {
 
     pub fn next_due(&self) -> Option<Duration> {
         self.waiting.first_key_value().map(|((due, _), _)| *due)
+    }
+
+    /// What is not finished: whether it is leased, and when it is due if it waits for a time.
+    pub fn unfinished(&self) -> impl Iterator<Item = (&Pending, bool, Option<Duration>)> {
+        let ready = self.ready.iter().map(|pending| (pending, false, None));
+        let leased = self.leased.values().map(|leased| (&leased.pending, true, None));
+        let waiting = self.waiting.iter().map(|((due, _), pending)| (pending, false, Some(*due)));
+        let parked = self.parked().map(|pending| (pending, false, None));
+        ready.chain(leased).chain(waiting).chain(parked)
+    }
+
+    /// Forgets what stood in the log at or before `floor` and is in no handler, because a limit removed it.
+    pub fn drop_through(&mut self, floor: i64) {
+        let gone = |pending: &Pending| pending.position <= floor && !pending.own;
+        // The oldest are in front, but for a few that were given back or replayed: those go when they get there.
+        let held = self.leased.values_mut().filter(|leased| leased.pending.position <= floor);
+        held.for_each(|leased| leased.pending.own = true);
+        // What waits for its key first, so that nothing of it goes on when the one before it is lost.
+        for lane in self.lanes.values_mut() {
+            let late: Vec<_> = lane.range(..=floor).filter(|(_, pending)| gone(pending)).map(|(at, _)| *at).collect();
+            for pending in late.iter().filter_map(|at| lane.remove(at)) {
+                self.expired += 1;
+                self.load.events -= 1;
+                self.load.bytes -= pending.event.payload.len();
+            }
+        }
+        while let Some(pending) = self.ready.front().filter(|pending| gone(pending)).cloned() {
+            self.ready.pop_front();
+            self.lose(&pending);
+        }
+        let late: Vec<_> = self.waiting.iter().filter(|(_, pending)| gone(pending)).map(|(key, _)| *key).collect();
+        for key in late {
+            if let Some(pending) = self.waiting.remove(&key) {
+                self.lose(&pending);
+            }
+        }
+    }
+
+    fn lose(&mut self, pending: &Pending) {
+        self.expired += 1;
+        self.finish(pending);
     }
 
     /// Nothing to run now: what is left waits for a time.

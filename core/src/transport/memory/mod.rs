@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Store (one for each name and bus)
-//!   log      the last events, for groups that start at the beginning      bounded ring
+//!   log      the last events, for groups that start at the beginning and for replay      bounded ring
 //!   delayed  published with a delay, by due time
 //!   dead     dead letters, by id
 //!   mail     replies to requests, by mailbox, each with its time
@@ -21,6 +21,7 @@ mod group;
 mod mail;
 mod marks;
 mod seen;
+mod history;
 mod store;
 
 use std::collections::HashMap;
@@ -37,6 +38,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::Error;
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::process::PerProcess;
 use store::{Limit, Store};
 
@@ -87,6 +89,7 @@ impl Memory {
             })
         };
         let limit = Limit::new(settings.publish_buffer_bytes, settings.when_full);
+        store.limit(store::Limits::of(settings));
         Self { store, limit, settings: Arc::new(settings.clone()), sources: Mutex::default() }
     }
 }
@@ -106,6 +109,7 @@ impl Transport for Memory {
             request: true,
             idempotent: true,
             publish_dedupe: true,
+            history: true,
         }
     }
 
@@ -184,6 +188,20 @@ impl Transport for Memory {
 
     fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
         Ok(Box::new(mail::MemoryMailbox { store: self.store.clone(), name }))
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        Box::pin(std::future::ready(self.store.history(&filter, after.as_ref(), limit, records)))
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        Box::pin(std::future::ready(self.store.replay_log(&step)))
     }
 
     fn idle(&self) -> Task<Result<()>> {

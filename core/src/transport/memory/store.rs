@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use tokio::sync::Notify;
 
 use super::group::{Ended, Group, Load, Pending};
@@ -17,7 +17,9 @@ use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Text};
 use crate::pattern::PatternIndex;
-use crate::transport::{Begun, GroupSpec, GroupStats, Outgoing, Receipt, Rest, Settlement, Start, WhenFull, disagrees};
+use crate::transport::{
+    Begun, GroupSpec, GroupStats, Outgoing, Receipt, Rest, Settings, Settlement, Start, WhenFull, disagrees,
+};
 
 /// Events kept for groups that start in the past.
 pub(super) const HISTORY: usize = 10_000;
@@ -49,9 +51,27 @@ impl Limit {
     }
 }
 
+/// The user's own limits on the log. Of several buses that share a store, the strictest hold.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Limits {
+    age: Option<Duration>,
+    events: Option<u64>,
+    bytes: Option<u64>,
+}
+
+impl Limits {
+    pub fn of(settings: &Settings) -> Self {
+        Self { age: settings.max_age, events: settings.max_events, bytes: settings.max_bytes }
+    }
+
+    fn any(&self) -> bool {
+        self.age.is_some() || self.events.is_some() || self.bytes.is_some()
+    }
+}
+
 /// One name, one bus.
 pub(super) struct Store {
-    clock: Clock,
+    pub clock: Clock,
     state: Mutex<State>,
     pub mail: Mail,
     /// Rings when a delivery ended: there may be room, the store may be idle.
@@ -68,28 +88,29 @@ pub(super) struct Member {
 }
 
 /// A dead letter, and the place in its key's order that a replay gives it back.
-struct Buried {
-    letter: DeadLetter,
-    position: i64,
+pub(super) struct Buried {
+    pub letter: DeadLetter,
+    pub position: i64,
 }
 
 #[derive(Default)]
-struct State {
-    position: i64,
+pub(super) struct State {
+    pub position: i64,
     token: i64,
     next_group: u64,
-    log: VecDeque<Pending>,
+    pub log: VecDeque<Pending>,
     delayed: BTreeMap<(Duration, i64), Outgoing>,
-    groups: AHashMap<u64, Group>,
-    names: AHashMap<Text, u64>,
+    pub groups: AHashMap<u64, Group>,
+    pub names: AHashMap<Text, u64>,
     routes: PatternIndex<u64>,
-    dead: BTreeMap<u64, Buried>,
+    pub dead: BTreeMap<u64, Buried>,
     next_dead: u64,
     seen: Seen,
     /// Of all groups together.
     load: Load,
     /// Payload bytes in the log.
     bytes: usize,
+    limits: Limits,
     /// Scratch space for the groups that an event goes to.
     matched: Vec<u64>,
 }
@@ -101,6 +122,18 @@ impl Store {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Obeys these limits, too.
+    pub fn limit(&self, limits: Limits) {
+        let strictest = |a: Option<u64>, b: Option<u64>| a.into_iter().chain(b).min();
+        let mut state = self.state();
+        let known = state.limits;
+        state.limits = Limits {
+            age: known.age.into_iter().chain(limits.age).min(),
+            events: strictest(known.events, limits.events),
+            bytes: strictest(known.bytes, limits.bytes),
+        };
     }
 
     pub fn now(&self) -> Duration {
@@ -134,7 +167,9 @@ impl Store {
                         None => state.accept(outgoing, now),
                         Some((key, window)) => state.accept_once(outgoing, key, window, now),
                     };
-                    return Ok(batch.into_iter().map(accept).collect());
+                    let receipts = batch.into_iter().map(accept).collect();
+                    state.enforce(now);
+                    return Ok(receipts);
                 }
                 state.load
             };
@@ -166,6 +201,7 @@ impl Store {
                 let mut state = self.state();
                 let (now, wall) = (self.clock.elapsed(), self.clock.now());
                 state.promote(now);
+                state.enforce(now);
                 let next_delayed = state.delayed.first_key_value().map(|((due, _), _)| *due);
                 let mut token = state.token;
                 let taken = state.on(member.group, |group| {
@@ -197,14 +233,16 @@ impl Store {
         let (now, wall) = (self.clock.elapsed(), self.clock.now());
         let mut state = self.state();
         let mut lost = Vec::new();
-        for Settlement { lease, verdict } in settlements {
-            let ended = state.on(member.group, |group| match &verdict {
+        for Settlement { lease, mut verdict } in settlements {
+            let ended = state.on(member.group, |group| match &mut verdict {
                 Verdict::Ack => group.ack(lease, true, now),
                 Verdict::Drop => group.ack(lease, false, now),
-                Verdict::Retry { after, .. } => group.retry(lease, now.saturating_add(*after), now, wall),
+                Verdict::Retry { after, failure } => {
+                    group.retry(lease, now.saturating_add(*after), (now, wall), std::mem::take(failure))
+                }
                 Verdict::Release => group.release(lease, now),
                 Verdict::Postpone { after } => group.postpone(lease, now.saturating_add(*after)),
-                Verdict::DeadLetter { .. } => group.bury(lease, now),
+                Verdict::DeadLetter { reason, .. } => group.bury(lease, *reason, now),
             });
             let ended = ended.flatten();
             match (ended, verdict) {
@@ -259,7 +297,8 @@ impl Store {
     }
 
     pub fn stats(&self, name: &Text) -> Result<GroupStats> {
-        let state = self.state();
+        let mut state = self.state();
+        state.enforce(self.clock.elapsed());
         let group = state.names.get(name).and_then(|id| state.groups.get(id));
         let group = group.ok_or_else(|| Error::not_found(format!("there is no group {name:?} on this bus")))?;
         let dead = state.dead.values().filter(|dead| dead.letter.group == *name).count();
@@ -285,7 +324,19 @@ impl Store {
         let now = self.clock.elapsed();
         let chosen = state.dead.iter().filter(|(_, dead)| filter.matches(&dead.letter)).map(|(id, _)| *id);
         let chosen: Vec<_> = chosen.collect();
-        chosen.into_iter().filter(|id| state.replay(*id, now)).count() as u64
+        // What a group has to do already, after a replay of the log, keeps its letter.
+        let mut busy: AHashMap<Text, AHashSet<i64>> = AHashMap::new();
+        let mut replayed = 0;
+        for id in chosen {
+            let Some(Buried { letter, position }) = state.dead.get(&id) else { continue };
+            let (group, position) = (letter.group.clone(), *position);
+            let busy = busy.entry(group).or_insert_with_key(|name| state.unfinished(name));
+            if !busy.contains(&position) && state.replay(id, now) {
+                busy.insert(position);
+                replayed += 1;
+            }
+        }
+        replayed
     }
 
     pub fn purge(&self, filter: &DeadLetterFilter) -> u64 {
@@ -307,9 +358,14 @@ impl Store {
     }
 }
 
+/// For the parts of the store in other files.
+pub(super) fn lock(store: &Store) -> MutexGuard<'_, State> {
+    store.state()
+}
+
 impl State {
     /// Runs `change` on a group and keeps the sum of all loads right.
-    fn on<R>(&mut self, group: u64, change: impl FnOnce(&mut Group) -> R) -> Option<R> {
+    pub fn on<R>(&mut self, group: u64, change: impl FnOnce(&mut Group) -> R) -> Option<R> {
         let group = self.groups.get_mut(&group)?;
         let before = group.load;
         let result = change(group);
@@ -356,6 +412,8 @@ impl State {
             redelivered: false,
             first_failed: None,
             replayed_from: None,
+            failure: None,
+            own: false,
             event,
         };
         let mut matched = std::mem::take(&mut self.matched);
@@ -376,8 +434,36 @@ impl State {
 
     fn promote(&mut self, now: Duration) {
         while let Some(due) = self.delayed.first_entry().filter(|due| due.key().0 <= now) {
-            let ((_, position), outgoing) = due.remove_entry();
-            self.route(position, outgoing, now);
+            let outgoing = due.remove();
+            // Positions grow along the log, so it gets its own only now.
+            self.position += 1;
+            self.route(self.position, outgoing, now);
+        }
+    }
+
+    /// Keeps the user's limits: what goes and was not finished is counted in its groups.
+    pub fn enforce(&mut self, now: Duration) {
+        let limits = self.limits;
+        if !limits.any() {
+            return;
+        }
+        let old = limits.age.and_then(|age| now.checked_sub(age));
+        let mut floor = None;
+        while let Some(oldest) = self.log.front() {
+            let over = old.is_some_and(|old| oldest.published < old)
+                || limits.events.is_some_and(|most| self.log.len() as u64 > most)
+                || limits.bytes.is_some_and(|most| self.bytes as u64 > most);
+            if !over {
+                break;
+            }
+            floor = Some(oldest.position);
+            self.bytes -= oldest.event.payload.len();
+            self.log.pop_front();
+        }
+        if let Some(floor) = floor {
+            for id in self.groups.keys().copied().collect::<Vec<_>>() {
+                self.on(id, |group| group.drop_through(floor));
+            }
         }
     }
 
@@ -390,9 +476,16 @@ impl State {
             Start::Beginning => Some(SystemTime::UNIX_EPOCH),
             Start::At(time) => Some(time),
         };
-        let mut group = Group::new(spec.clone());
+        let born = clock.now() - clock.elapsed();
+        let begin = match since {
+            None => self.position,
+            Some(since) => {
+                let before = self.log.partition_point(|past| born + past.published < since);
+                self.log.get(before).map_or(self.position, |first| first.position - 1)
+            }
+        };
+        let mut group = Group::new(spec.clone(), begin);
         if let Some(since) = since {
-            let born = clock.now() - clock.elapsed();
             let past = self.log.iter().filter(|past| born + past.published >= since);
             past.filter(|past| spec.pattern.matches(past.event.event_type.as_str()))
                 .for_each(|past| group.push(past.clone()));
@@ -467,10 +560,18 @@ impl State {
             redelivered: true,
             first_failed: None,
             replayed_from: Some(letter.id.clone()),
+            failure: None,
+            own: true,
         };
         self.on(group, |group| group.push(pending));
         self.dead.remove(&id);
         true
+    }
+
+    /// The positions of what a group has to do.
+    fn unfinished(&self, name: &Text) -> AHashSet<i64> {
+        let group = self.names.get(name).and_then(|id| self.groups.get(id));
+        group.into_iter().flat_map(Group::unfinished).map(|(pending, ..)| pending.position).collect()
     }
 
     fn is_idle(&self, now: Duration) -> bool {

@@ -131,6 +131,7 @@ impl Reader {
                 redelivered: false,
                 received_at: SystemTime::now(),
                 first_failed_at: None,
+                expired: false,
             });
         }
         Ok(())

@@ -187,6 +187,30 @@ pub(super) async fn list(
     Ok(letters.into_iter().map(|(_, letter)| letter).take(limit).collect())
 }
 
+/// Walks over the letters of one group that are not older than `from`, each with its entry of the log if it tells.
+pub(super) async fn visit(
+    partition: &Arc<Partition>,
+    group: &str,
+    from: Id,
+    max_payload: usize,
+    mut visit: impl FnMut(Option<Id>, DeadLetter),
+) -> Result<()> {
+    let shelf = Shelf { partition: partition.clone(), group: group.to_owned() };
+    let mut from = Id(from.0, 0).to_string();
+    loop {
+        let page = shelf.page(&from, "+", PAGE).await?;
+        let (count, last) = (page.len(), page.last().map(|entry| entry.id));
+        for mut entry in page {
+            let of = entry.text("i").and_then(|id| Id::parse(&id));
+            visit(of, shelf.letter(entry, max_payload)?);
+        }
+        match last {
+            Some(last) if count == PAGE => from = format!("({last}"),
+            _ => return Ok(()),
+        }
+    }
+}
+
 /// How many letters `filter` selects.
 pub(super) async fn count(partitions: &[Arc<Partition>], filter: &DeadLetterFilter, max_payload: usize) -> Result<u64> {
     let all = filter.id.is_none() && filter.pattern.is_none() && filter.since.is_none() && filter.before.is_none();

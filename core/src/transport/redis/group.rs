@@ -1,13 +1,13 @@
 //! Groups: joining, counting, deleting.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use redis::Value;
 use serde_json::json;
 
-use super::fault::strange;
+use super::fault::{Failure, strange};
 use super::member;
 use super::partition::Partition;
 use super::scripts;
@@ -70,15 +70,54 @@ pub(super) fn pattern(facts: &str) -> Result<Pattern> {
     Pattern::new(facts["pattern"].as_str().unwrap_or_default())
 }
 
+/// All groups of a partition with their facts, by name.
+pub(super) async fn facts(partition: &Partition) -> Result<BTreeMap<String, serde_json::Value>> {
+    let names = names_in(partition).await?;
+    if names.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let mut ask = redis::cmd("HMGET");
+    ask.arg(&partition.keys.groups).arg(&names);
+    let found = value::list(partition.work.run(&ask, partition.patience()).await?)?;
+    let mut facts = BTreeMap::new();
+    for (name, found) in names.into_iter().zip(found).filter(|(_, found)| *found != Value::Nil) {
+        let found = serde_json::from_str(&value::text(found)?).map_err(|_| strange("facts of a group"))?;
+        facts.insert(name, found);
+    }
+    Ok(facts)
+}
+
+/// The groups of the stream, each with the last entry that it was given.
+pub(super) async fn delivered(partition: &Partition) -> Result<Vec<(String, Id)>, Failure> {
+    let mut ask = redis::cmd("XINFO");
+    ask.arg("GROUPS").arg(&partition.keys.events);
+    let mut groups = Vec::new();
+    for row in value::list(partition.work.run(&ask, partition.patience()).await?)? {
+        let mut facts = value::list(row)?.into_iter();
+        let (mut name, mut delivered) = (String::new(), Id::default());
+        while let (Some(fact), Some(content)) = (facts.next(), facts.next()) {
+            match value::text(fact)?.as_str() {
+                "name" => name = value::text(content)?,
+                "last-delivered-id" => delivered = value::id(content)?,
+                _ => {}
+            }
+        }
+        groups.push((name, delivered));
+    }
+    Ok(groups)
+}
+
+async fn names_in(partition: &Partition) -> Result<Vec<String>> {
+    let mut ask = redis::cmd("HKEYS");
+    ask.arg(&partition.keys.groups);
+    value::list(partition.work.run(&ask, partition.patience()).await?)?.into_iter().map(value::text).collect()
+}
+
 /// The names of all groups of the bus.
 pub(super) async fn names(partitions: &[Arc<Partition>]) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for partition in partitions {
-        let mut ask = redis::cmd("HKEYS");
-        ask.arg(&partition.keys.groups);
-        for name in value::list(partition.work.run(&ask, partition.patience()).await?)? {
-            names.insert(value::text(name)?);
-        }
+        names.extend(names_in(partition).await?);
     }
     Ok(names)
 }

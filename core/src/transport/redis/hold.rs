@@ -43,6 +43,8 @@ pub(super) struct Held {
     pub until: i64,
     /// Of an idempotent subscription.
     pub mark: Option<Box<Mark>>,
+    /// Its time ran out before a handler got it.
+    pub expired: bool,
 }
 
 /// Shared by the members of a subscription.
@@ -69,6 +71,7 @@ impl Hold {
             redelivered: held.redelivered,
             received_at: SystemTime::now(),
             first_failed_at: held.first_failed.map(time::from_ms),
+            expired: held.expired,
         };
         lock(&self.held).insert(position, held);
         lock(&self.ready).push_back(delivery);
@@ -137,12 +140,12 @@ impl Hold {
         lock(&self.ready).clear();
     }
 
-    /// What waits here and another could handle. An event that cannot be decoded needs no handler, and the group's store of
-    /// work would not tell its codec.
+    /// What waits here and another could handle. An event that cannot be decoded, or has expired, needs no handler, and the
+    /// group's store of work would not tell its codec or its expiry.
     pub fn surplus(&self) -> Vec<Delivery> {
         let mut ready = lock(&self.ready);
         let (surplus, rest): (Vec<_>, Vec<_>) =
-            ready.drain(..).partition(|delivery| matches!(delivery.body, Body::Event(_)));
+            ready.drain(..).partition(|delivery| matches!(delivery.body, Body::Event(_)) && !delivery.expired);
         ready.extend(rest);
         surplus
     }

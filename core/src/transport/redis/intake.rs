@@ -94,8 +94,8 @@ impl Member {
         let wanted = event_type
             .as_ref()
             .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
-        if wanted && !expired {
-            self.keep(entry, event_type, count, sent);
+        if wanted && (!expired || self.keeps_expired()) {
+            self.keep(entry, event_type, count, sent, expired);
         } else {
             state.expired += usize::from(wanted);
             state.skipped.push(entry.id);
@@ -103,7 +103,7 @@ impl Member {
         wanted
     }
 
-    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, count: u64, sent: i64) {
+    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, count: u64, sent: i64, expired: bool) {
         let codec_name = entry.take("c");
         // Without the event, whatever is there stands for it in the dead letter.
         let event = entry.take("e").unwrap_or_else(|| {
@@ -120,6 +120,7 @@ impl Member {
             first_failed: None,
             until: sent + self.lease,
             mark: None,
+            expired,
         };
         self.hold.add(held, self.max_payload, codec_name.as_deref());
     }
@@ -152,6 +153,7 @@ impl Member {
                 first_failed: value::text(failed)?.parse().ok(),
                 until: sent + self.lease,
                 mark: None,
+                expired: false, // the store of work keeps no expiry
             };
             self.hold.add(held, self.max_payload, None);
         }

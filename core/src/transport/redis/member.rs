@@ -152,6 +152,11 @@ impl Member {
         &self.spec.subscription
     }
 
+    /// Whether what has expired becomes a dead letter.
+    pub fn keeps_expired(&self) -> bool {
+        self.spec.keep_expired
+    }
+
     /// The keys whose first entries say when something is due.
     pub fn timers(&self) -> [&str; 2] {
         [&self.keys.retry, &self.keys.held]

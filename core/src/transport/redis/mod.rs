@@ -9,7 +9,7 @@
 //! | [`publish`], [`member`], [`intake`], [`hold`], [`marks`], [`settle`], [`source`] | the way of an event, in this order |
 //! | [`ordered`] | the same way in a group that keeps order per partition key |
 //! | [`mail`] | replies to requests, and who answers them |
-//! | [`group`], [`dead`], [`retention`], [`probe`] | groups, dead letters, what is removed, what the server keeps |
+//! | [`group`], [`dead`], [`history`], [`retention`], [`probe`] | groups, dead letters, the log, what is removed, what the server keeps |
 //! | [`broadcast`], [`pubsub`] | the ways without a group |
 //!
 //! A group of ours is a consumer group of the stream, and each subscription in each process a consumer of its own name.
@@ -23,6 +23,7 @@ mod dead;
 mod doorbell;
 mod fault;
 mod group;
+mod history;
 mod hold;
 mod intake;
 mod keys;
@@ -61,6 +62,7 @@ use self::retention::Limits;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source,
@@ -119,9 +121,13 @@ impl Shared {
             retention: settings.retention.unwrap_or(retention::RETENTION),
             max_age: settings.max_age,
             max_events: settings.max_events.map(|most| most.div_ceil(u64::from(count))),
+            max_bytes: settings.max_bytes.map(|most| most.div_ceil(u64::from(count))),
         };
         for partition in &partitions {
             partition.look(&[]).await?;
+            if limits.max_bytes.is_some() {
+                retention::memory(partition).await?; // a user who may not ask could not keep the limit
+            }
             let runtime = &crate::process::current().runtime;
             runtime.spawn(partition.clone().keep(limits.clone()));
             runtime.spawn(Doorbell::run(partition.clone()));
@@ -256,6 +262,7 @@ impl Transport for Redis {
             request: true,
             idempotent: true,
             publish_dedupe: true,
+            history: true,
         }
     }
 
@@ -320,6 +327,23 @@ impl Transport for Redis {
     fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
         self.0.check()?;
         Ok(Box::new(mail::RedisMailbox::new(&self.0.partitions[0], &name)))
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        task!(self, "history", |shared| {
+            let max_payload = shared.settings.max_payload_bytes;
+            history::list(&shared.partitions, &filter, after, limit, records, max_payload).await
+        })
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        task!(self, "replay", |shared| history::replay(&shared.partitions, &step).await)
     }
 
     fn counts(&self) -> Vec<(&'static str, u64)> {

@@ -62,6 +62,7 @@ impl Member {
             &own.lanes,
         ]);
         command.arg(&*self.group).arg(&self.consumer).arg(prefix).arg(self.lease).arg(room.max(1)).arg(BYTES);
+        command.arg(if self.keeps_expired() { "1" } else { "" });
         {
             let state = lock(&self.state);
             command.arg(state.pattern.as_str());
@@ -97,8 +98,8 @@ impl Member {
         }
         let mut unwanted = Vec::new();
         let mut rest: Vec<Value> = facts.collect();
-        for delivery in rest.chunks_exact_mut(8) {
-            let [id, event, attempt, failed, token, event_type, codec, redelivered] = delivery else { continue };
+        for delivery in rest.chunks_exact_mut(9) {
+            let [id, event, attempt, failed, token, event_type, codec, redelivered, late] = delivery else { continue };
             let next = |part: &mut Value| std::mem::replace(part, Value::Nil);
             let held = Held {
                 partition: self.index,
@@ -110,6 +111,7 @@ impl Member {
                 first_failed: value::text(next(failed))?.parse().ok(),
                 until: sent + self.lease,
                 mark: None,
+                expired: value::number(next(late))? == 1,
             };
             let codec = Some(value::bytes(next(codec))?).filter(|codec| !codec.is_empty());
             if self.wants(&held.event_type) {

@@ -244,6 +244,7 @@ impl Partition {
             let delayed = self.delayed.load(Ordering::Acquire);
             let due = (delayed >= 0).then(|| now + Duration::from_millis((delayed - self.now()).max(0).unsigned_abs()));
             let watched = !self.members().is_empty();
+            let sweeps = watched || limits.are_hard();
             let step = if self.forgotten.swap(false, Ordering::AcqRel) {
                 self.remind().await.inspect_err(|_| self.forgotten.store(true, Ordering::Release))
             } else if due.is_some_and(|due| due <= now) {
@@ -251,7 +252,7 @@ impl Partition {
             } else if watched && pulse_at <= now {
                 pulse_at = now + PULSE.mul_f64(0.8 + 0.4 * fastrand::f64());
                 self.pulse().await
-            } else if watched && sweep_at <= now {
+            } else if sweeps && sweep_at <= now {
                 let more = retention::sweep(&self, &limits).await;
                 sweep_at = now + if matches!(more, Ok(true)) { Duration::ZERO } else { limits.every() };
                 more.map(drop)
@@ -262,8 +263,8 @@ impl Partition {
                 }
                 Ok(())
             } else {
-                let next = if watched { Some(pulse_at.min(sweep_at).min(janitor_at)) } else { None };
-                let next = [next, due].into_iter().flatten().min();
+                let next = if watched { Some(pulse_at.min(janitor_at)) } else { None };
+                let next = [next, sweeps.then_some(sweep_at), due].into_iter().flatten().min();
                 tokio::select! {
                     () = self.wake.notified() => {}
                     () = async { match next { Some(at) => tokio::time::sleep_until(at).await, None => std::future::pending().await } } => {}

@@ -26,6 +26,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::delivery::{Delivery, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::pattern::Pattern;
 use crate::transport::room::Room;
 use crate::transport::{
@@ -309,6 +310,7 @@ impl Listener {
             redelivered: false,
             received_at: SystemTime::now(),
             first_failed_at: None,
+            expired: false,
         });
         drop(ready);
         self.arrived.notify_one();
@@ -372,7 +374,9 @@ impl Drop for Hearing {
 /// What this transport cannot do.
 fn keeps_nothing<T: Send + 'static>() -> Task<Result<T>> {
     Box::pin(async {
-        Err(Error::unsupported("redis+pubsub:// keeps nothing: no groups, no dead letters, no replay; use redis://"))
+        Err(Error::unsupported(
+            "redis+pubsub:// keeps nothing: no groups, no dead letters, no history, no replay; use redis://",
+        ))
     })
 }
 
@@ -391,6 +395,7 @@ impl Transport for PubSub {
             request: false,
             idempotent: false,
             publish_dedupe: false,
+            history: false,
         }
     }
 
@@ -464,6 +469,20 @@ impl Transport for PubSub {
     }
 
     fn dead_purge(&self, _filter: DeadLetterFilter) -> Task<Result<u64>> {
+        keeps_nothing()
+    }
+
+    fn history(
+        &self,
+        _filter: HistoryFilter,
+        _after: Option<Text>,
+        _limit: usize,
+        _records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        keeps_nothing()
+    }
+
+    fn replay(&self, _step: ReplayStep) -> Task<Result<ReplayBatch>> {
         keeps_nothing()
     }
 

@@ -2,7 +2,7 @@
 //!
 //! An entry goes when every group has finished it and it is older than the retention time: one script, which looks at the
 //! slowest group first. A bus without groups keeps everything: a group may still be made at the beginning. The user's own
-//! limits, age and number, remove entries even if a group has not finished them; what each group loses is counted first,
+//! limits, age, number and bytes, remove entries even if a group has not finished them; what each group loses is counted first,
 //! and the script refuses if a group has moved meanwhile.
 
 use std::time::Duration;
@@ -26,9 +26,16 @@ pub(super) struct Limits {
     pub max_age: Option<Duration>,
     /// Of one partition.
     pub max_events: Option<u64>,
+    /// Of one partition, as the server measures it.
+    pub max_bytes: Option<u64>,
 }
 
 impl Limits {
+    /// The user set limits that hold whether or not anybody is subscribed here.
+    pub fn are_hard(&self) -> bool {
+        self.max_age.is_some() || self.max_events.is_some() || self.max_bytes.is_some()
+    }
+
     /// Between two sweeps.
     pub fn every(&self) -> Duration {
         let shortest = self.max_age.map_or(self.retention, |age| age.min(self.retention));
@@ -63,6 +70,12 @@ async fn drop_old(partition: &Partition, limits: &Limits) -> Result<bool, Failur
             keep = keep.max(after_first(partition, surplus).await?);
         }
     }
+    if let Some(most) = limits.max_bytes {
+        let surplus = memory(partition).await?.saturating_sub(most);
+        if surplus > 0 {
+            keep = keep.max(after_bytes(partition, surplus).await?);
+        }
+    }
     if keep == Id::default() || oldest(partition).await?.is_none_or(|oldest| oldest >= keep) {
         return Ok(false);
     }
@@ -85,6 +98,36 @@ async fn oldest(partition: &Partition) -> Result<Option<Id>, Failure> {
     Ok(found.first().map(|entry| entry.id))
 }
 
+/// The memory of the log, in bytes.
+pub(super) async fn memory(partition: &Partition) -> Result<u64, Failure> {
+    let mut ask = redis::cmd("MEMORY");
+    ask.arg("USAGE").arg(&partition.keys.events).arg("SAMPLES").arg(0);
+    Ok(value::number(partition.work.run(&ask, partition.patience()).await?)?.max(0).unsigned_abs())
+}
+
+/// The id after the first entries that have so many bytes. Not what the server needs for them, which is more: what is
+/// still too much goes with the next sweep.
+async fn after_bytes(partition: &Partition, bytes: u64) -> Result<Id, Failure> {
+    let (mut left, mut from, mut looked, mut keep) = (bytes, "-".to_owned(), 0, Id::default());
+    while left > 0 && looked < STEP {
+        let mut ask = redis::cmd("XRANGE");
+        ask.arg(&partition.keys.events).arg(&from).arg("+").arg("COUNT").arg(100);
+        let found = value::entries(partition.work.run(&ask, partition.patience()).await?)?;
+        let Some(last) = found.last().map(|entry| entry.id) else { break };
+        looked += found.len();
+        for entry in &found {
+            if left == 0 {
+                break;
+            }
+            let size: usize = entry.fields.iter().map(|(name, content)| name.len() + content.len()).sum();
+            left = left.saturating_sub(size as u64);
+            keep = Id(entry.id.0, entry.id.1 + 1);
+        }
+        from = format!("({last}");
+    }
+    Ok(keep)
+}
+
 /// The id after the first `count` entries.
 async fn after_first(partition: &Partition, count: u64) -> Result<Id, Failure> {
     let (mut left, mut from) = (count, "-".to_owned());
@@ -103,23 +146,9 @@ async fn after_first(partition: &Partition, count: u64) -> Result<Id, Failure> {
 
 /// For each group: its name, the last entry that it was given, and how many wanted ones before `keep` it was not.
 async fn losses(partition: &Partition, keep: Id) -> Result<Vec<(String, String, u64)>, Failure> {
-    let mut ask = redis::cmd("XINFO");
-    ask.arg("GROUPS").arg(&partition.keys.events);
-    let mut groups = Vec::new();
-    for row in value::list(partition.work.run(&ask, partition.patience()).await?)? {
-        let mut facts = value::list(row)?.into_iter();
-        let (mut name, mut delivered) = (String::new(), String::new());
-        while let (Some(fact), Some(content)) = (facts.next(), facts.next()) {
-            match value::text(fact)?.as_str() {
-                "name" => name = value::text(content)?,
-                "last-delivered-id" => delivered = value::text(content)?,
-                _ => {}
-            }
-        }
-        groups.push((name, delivered));
-    }
     let mut losses = Vec::new();
-    for (name, delivered) in groups {
+    for (name, delivered) in group::delivered(partition).await? {
+        let delivered = delivered.to_string();
         let mut ask = redis::cmd("HGET");
         let facts = partition.work.run(ask.arg(&partition.keys.groups).arg(&name), partition.patience()).await?;
         // A group that is not ours wants everything.

@@ -13,7 +13,7 @@ use super::marks::{Mark, Step};
 use super::member::Member;
 use super::scripts;
 use super::value;
-use crate::delivery::{Failure as HandlerFailure, Lease, Verdict};
+use crate::delivery::{DeadReason, Failure as HandlerFailure, Lease, Verdict};
 use crate::error::Result;
 use crate::transport::{Settlement, time};
 
@@ -145,6 +145,10 @@ impl Member {
                 Verdict::Retry { after, failure } => ("r", time::millis(*after), held.attempt, "", failure),
                 Verdict::Release => ("b", 0, held.attempt.saturating_sub(1), "", &none),
                 Verdict::Postpone { after } => ("l", time::millis(*after), held.attempt.saturating_sub(1), "", &none),
+                // No handler got what had expired.
+                Verdict::DeadLetter { reason: DeadReason::Expired, failure } => {
+                    ("d", 0, held.attempt.saturating_sub(1), DeadReason::Expired.as_str(), failure)
+                }
                 Verdict::DeadLetter { reason, failure } => ("d", 0, held.attempt, reason.as_str(), failure),
             };
             command.arg(letter).arg(delay).arg(attempt);

@@ -176,6 +176,7 @@ impl Shared {
             redelivered: false,
             received_at: std::time::SystemTime::now(),
             first_failed_at: None,
+            expired: false,
         }
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Member {
     pub lease: i64,
     /// Names our row in `polybus_responders`.
     pub responder: Option<i64>,
+    /// Hand out what has expired, marked.
+    pub keep_expired: bool,
 }
 
 /// What a source remembers between takes. The writer thread and the source share it.
@@ -64,6 +66,7 @@ pub(super) struct Taken {
     pub redelivered: bool,
     pub first_failed_at: Option<i64>,
     pub bytes: Bytes,
+    pub expired: bool,
 }
 
 /// When to look again if nobody rings.
@@ -310,7 +313,8 @@ impl Claim {
                 expired.push(position); // a limit of the user removed the event
                 continue;
             };
-            if until.is_some_and(|until| until <= now) {
+            let late = until.is_some_and(|until| until <= now);
+            if late && !self.member.keep_expired {
                 expired.push(position);
                 continue;
             }
@@ -323,6 +327,7 @@ impl Claim {
                 redelivered: row.get(5)?,
                 first_failed_at: row.get(2)?,
                 bytes: Bytes::copy_from_slice(event),
+                expired: late,
             });
         }
         // Written after the reading statement is done: it walks the index that these updates change.
@@ -363,7 +368,8 @@ impl Claim {
             let position = row.get(0)?;
             let ours = row.get::<_, i64>(1)? == self.member.bus;
             if ours && progress.pattern.matches(row.get_ref(2)?.as_str().map_err(sql)?) {
-                if row.get::<_, Option<i64>>(3)?.is_some_and(|until| until <= now) {
+                let late = row.get::<_, Option<i64>>(3)?.is_some_and(|until| until <= now);
+                if late && !self.member.keep_expired {
                     expired += 1;
                 } else {
                     let event = row.get_ref(4)?.as_blob().map_err(sql)?;
@@ -393,6 +399,7 @@ impl Claim {
                         redelivered: false,
                         first_failed_at: None,
                         bytes: Bytes::copy_from_slice(event),
+                        expired: late,
                     });
                 }
             }

@@ -50,8 +50,9 @@ pub(super) fn join(tx: &Connection, bus: i64, spec: &GroupSpec) -> Result<Joined
     while publish::promote(tx, bus)? > 0 {}
     let cursor = begin(tx, bus, spec.start)?;
     tx.execute(
-        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen, ordered)
-         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, ?8)",
+        "INSERT INTO polybus_groups(bus, name, subscription, service, pattern, cursor, created_at, last_seen, ordered,
+           began)
+         VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, ?8, ?6)",
         (bus, &*spec.group, &*spec.subscription, &*spec.service, spec.pattern.as_str(), cursor, now, spec.ordered),
     )?;
     Ok(Joined { group: tx.last_insert_rowid(), cursor })

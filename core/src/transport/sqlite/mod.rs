@@ -6,7 +6,7 @@
 //! | [`store`], [`writer`], [`job`] | one store for each file and process; one thread that writes, in shared transactions |
 //! | [`lock`], [`doorbell`] | between processes: whose turn it is to write, and waking who waits |
 //! | [`fork`], [`guard`] | what would lose committed events without anybody noticing |
-//! | [`publish`], [`claim`], [`marks`], [`settle`], [`dead`], [`group`], [`retention`] | the SQL, one concern each |
+//! | [`publish`], [`claim`], [`marks`], [`settle`], [`dead`], [`group`], [`history`], [`retention`] | the SQL, one concern each |
 //! | [`mail`] | replies to requests, and who answers them |
 //! | [`source`], [`broadcast`] | the two kinds of subscription |
 //!
@@ -25,6 +25,7 @@ mod file;
 mod fork;
 mod group;
 mod guard;
+mod history;
 mod job;
 mod lane;
 mod lock;
@@ -52,6 +53,7 @@ use bytes::Bytes;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
+use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
 use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source, Task,
@@ -98,7 +100,13 @@ impl Shared {
             }
         };
         let retention = settings.retention.unwrap_or(RETENTION);
-        let limits = Limits { bus, retention, max_age: settings.max_age, max_events: settings.max_events };
+        let limits = Limits {
+            bus,
+            retention,
+            max_age: settings.max_age,
+            max_events: settings.max_events,
+            max_bytes: settings.max_bytes,
+        };
         store.limits().lock().unwrap_or_else(PoisonError::into_inner).push(limits.clone());
         let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
         let (sources, closed) = (Mutex::default(), AtomicBool::new(false));
@@ -246,6 +254,7 @@ impl Transport for Sqlite {
             request: true,
             idempotent: true,
             publish_dedupe: true,
+            history: true,
         }
     }
 
@@ -330,6 +339,37 @@ impl Transport for Sqlite {
     fn mailbox(&self, name: Text) -> Result<Box<dyn Mailbox>> {
         self.shared.check()?;
         Ok(Box::new(mail::SqliteMailbox::new(self.shared.store.clone(), name)))
+    }
+
+    fn history(
+        &self,
+        filter: HistoryFilter,
+        after: Option<Text>,
+        limit: usize,
+        records: bool,
+    ) -> Task<Result<Vec<HistoryEntry>>> {
+        task!(self, "history", |shared| {
+            shared.check()?;
+            let (bus, max_payload) = (shared.bus, shared.settings.max_payload_bytes);
+            let after = history::position(after.as_ref())?;
+            let list = move |connection: &rusqlite::Connection| {
+                history::list(connection, bus, &filter, (after, limit), records, max_payload)
+            };
+            shared.store.read(list).await
+        })
+    }
+
+    fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>> {
+        task!(self, "replay", |shared| {
+            shared.check()?;
+            let (bus, rows) = (shared.bus, step.max);
+            let replay = move |tx: &rusqlite::Connection| {
+                let batch = history::replay(tx, bus, &step)?;
+                let ring = batch.handed > 0;
+                Ok(Made { value: batch, ring })
+            };
+            shared.store.write(rows, replay).await
+        })
     }
 
     fn close(&self) -> Task<()> {

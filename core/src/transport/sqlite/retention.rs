@@ -1,9 +1,10 @@
 //! What is dropped from the log, and when.
 //!
 //! An event goes when every group of its bus is done with it and it is older than the retention time. A bus without
-//! groups keeps everything: a group may still be made at the beginning. The user's own limits, age and number, drop
-//! events even if a group is not done; each such loss is counted in that group's `expired`.
+//! groups keeps everything: a group may still be made at the beginning. The user's own limits, age, number and
+//! bytes, drop events even if a group is not done; each such loss is counted in that group's `expired`.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension};
@@ -22,6 +23,7 @@ pub(super) struct Limits {
     pub retention: Duration,
     pub max_age: Option<Duration>,
     pub max_events: Option<u64>,
+    pub max_bytes: Option<u64>,
 }
 
 /// What one sweep did.
@@ -30,6 +32,71 @@ pub(super) struct Swept {
     pub more: bool,
     /// Delayed events entered the log.
     pub promoted: bool,
+}
+
+/// The bytes of one bus's log, by parts of [`STEP`] events: what is new is read once, and what is gone is taken off, so
+/// that a limit on bytes does not read the whole log each time. Asked for only where there is such a limit.
+#[derive(Default)]
+pub(super) struct Tally(VecDeque<Part>);
+
+struct Part {
+    first: i64,
+    last: i64,
+    events: i64,
+    bytes: i64,
+}
+
+impl Tally {
+    fn update(&mut self, connection: &Connection, bus: i64) -> Result<()> {
+        let oldest: Option<i64> = connection
+            .prepare_cached("SELECT seq FROM polybus_events WHERE bus = ?1 ORDER BY seq LIMIT 1")?
+            .query_row([bus], |row| row.get(0))
+            .optional()?;
+        let oldest = oldest.unwrap_or(i64::MAX);
+        while self.0.front().is_some_and(|part| part.last < oldest) {
+            self.0.pop_front();
+        }
+        if let Some(front) = self.0.front_mut().filter(|part| part.first < oldest) {
+            let mut sum = connection.prepare_cached(
+                "SELECT count(*), coalesce(sum(length(event)), 0) FROM polybus_events
+                 WHERE bus = ?1 AND seq BETWEEN ?2 AND ?3",
+            )?;
+            front.first = oldest;
+            (front.events, front.bytes) =
+                sum.query_row((bus, oldest, front.last), |row| Ok((row.get(0)?, row.get(1)?)))?;
+        }
+        let mut fresh = connection
+            .prepare_cached("SELECT seq, length(event) FROM polybus_events WHERE bus = ?1 AND seq > ?2 ORDER BY seq")?;
+        let mut rows = fresh.query((bus, self.0.back().map_or(0, |part| part.last)))?;
+        while let Some(row) = rows.next()? {
+            let (seq, size): (i64, i64) = (row.get(0)?, row.get(1)?);
+            match self.0.back_mut().filter(|part| part.events < STEP) {
+                Some(part) => (part.last, part.events, part.bytes) = (seq, part.events + 1, part.bytes + size),
+                None => self.0.push_back(Part { first: seq, last: seq, events: 1, bytes: size }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The last of the oldest events that exceed `max` bytes, at most [`STEP`] of them.
+    fn surplus(&mut self, connection: &Connection, bus: i64, max: i64) -> Result<Option<i64>> {
+        self.update(connection, bus)?;
+        let mut excess = self.0.iter().map(|part| part.bytes).sum::<i64>() - max;
+        if excess <= 0 {
+            return Ok(None);
+        }
+        let mut oldest = connection
+            .prepare_cached("SELECT seq, length(event) FROM polybus_events WHERE bus = ?1 ORDER BY seq LIMIT ?2")?;
+        let mut rows = oldest.query((bus, STEP))?;
+        let mut last = None;
+        while excess > 0
+            && let Some(row) = rows.next()?
+        {
+            last = Some(row.get(0)?);
+            excess -= row.get::<_, i64>(1)?;
+        }
+        Ok(last)
+    }
 }
 
 /// The positions up to which events go.
@@ -41,18 +108,18 @@ struct Plan {
 }
 
 /// Whether [`sweep`] would do anything. Reads only.
-pub(super) fn is_due(connection: &Connection, limits: &Limits) -> Result<bool> {
+pub(super) fn is_due(connection: &Connection, limits: &Limits, tally: &mut Tally) -> Result<bool> {
     let delayed = publish::next_delayed(connection, limits.bus)?.is_some_and(|at| at <= clock::wall_ms());
-    let plan = plan(connection, limits)?;
+    let plan = plan(connection, limits, tally)?;
     let stale = mail::is_stale(connection)? || marks::stale(connection)?;
     Ok(delayed || plan.done.is_some() || plan.forced.is_some() || stale)
 }
 
 /// Drops up to [`STEP`] events for each reason, and moves due delayed events into the log.
-pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
+pub(super) fn sweep(tx: &Connection, limits: &Limits, tally: &mut Tally) -> Result<Swept> {
     let promoted = publish::promote(tx, limits.bus)? > 0;
     mail::clean(tx)?;
-    let plan = plan(tx, limits)?;
+    let plan = plan(tx, limits, tally)?;
     let mut dropped = 0;
     if plan.forced.max(plan.done).is_some() {
         publish::save_head(tx)?;
@@ -68,7 +135,7 @@ pub(super) fn sweep(tx: &Connection, limits: &Limits) -> Result<Swept> {
     Ok(Swept { more: dropped > 0, promoted })
 }
 
-fn plan(connection: &Connection, limits: &Limits) -> Result<Plan> {
+fn plan(connection: &Connection, limits: &Limits, tally: &mut Tally) -> Result<Plan> {
     let now = clock::wall_ms();
     let done = match safe(connection, limits.bus)? {
         Some(safe) => older(connection, limits.bus, now - clock::millis(limits.retention), safe)?,
@@ -82,7 +149,11 @@ fn plan(connection: &Connection, limits: &Limits) -> Result<Plan> {
         Some(max) => surplus(connection, limits.bus, i64::try_from(max).unwrap_or(i64::MAX))?,
         None => None,
     };
-    Ok(Plan { done, forced: aged.max(crowded) })
+    let heavy = match limits.max_bytes {
+        Some(max) => tally.surplus(connection, limits.bus, i64::try_from(max).unwrap_or(i64::MAX))?,
+        None => None,
+    };
+    Ok(Plan { done, forced: aged.max(crowded).max(heavy) })
 }
 
 /// The position up to which every group is done; `None` without groups.

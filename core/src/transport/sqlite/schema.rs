@@ -1,13 +1,16 @@
 //! The tables, and opening a file that holds them.
 //!
+//! * `polybus_meta`: `boot_id`; `head` ([`super::publish::head`]).
 //! * `polybus_buses`: the logical buses of the file.
 //! * `polybus_events`: the log. `seq` is the position; SQLite has one writer at a time, so a commit with a larger `seq`
 //!   never becomes visible before one with a smaller, and a plain cursor misses nothing. Positions are never used
 //!   again ([`super::publish::head`]) and have no gaps, except where retention removed the oldest.
 //! * `polybus_delayed`: published with a delay; moved into the log when due.
 //! * `polybus_groups`: durable groups. Everything at or before `cursor` was taken by somebody or does not match.
+//!   At or before `began` nothing was for the group; 0 when an older polybus made it.
 //! * `polybus_deliveries`: what was taken and is not finished. With an owner: leased. Without: waiting until `due_at`.
-//!   `event` is a copy of its own where the log's may be gone: replays, and what the user's limits removed.
+//!   `event` is a copy of its own where the log's may be gone, or shall not expire: replays of dead letters, replays of
+//!   events with an expiry, and what the user's limits removed.
 //!   In an ordered group `lane` is the partition key; see [`super::lane`].
 //! * `polybus_owners`: one row for each member that holds leases; a heartbeat is one update here, however many
 //!   deliveries it covers. `lease_until` is boot time, so a reboot voids it (`boot_id` in `polybus_meta`).
@@ -62,8 +65,9 @@ CREATE INDEX polybus_dead_group ON polybus_dead(group_id);
 ";
 
 /// Columns that came later: table, name, declaration. An older polybus does not name them and goes on beside us.
-const ADDITIONS: [(&str, &str, &str); 3] = [
+const ADDITIONS: [(&str, &str, &str); 4] = [
     ("polybus_groups", "ordered", "INTEGER NOT NULL DEFAULT 0"),
+    ("polybus_groups", "began", "INTEGER NOT NULL DEFAULT 0"),
     ("polybus_deliveries", "lane", "TEXT"),
     ("polybus_dead", "lane", "TEXT"),
 ];

@@ -97,8 +97,8 @@ fn bury(
         "INSERT INTO polybus_dead(bus, group_id, seq, type, event, error_kind, error_message, error_stack, attempts,
                 first_failed_at, last_failed_at, subscription, reason, replayed_from, lane)
          SELECT g.bus, d.group_id, d.seq, CASE WHEN ?4 THEN coalesce(d.type, e.type) END,
-                coalesce(d.event, e.event, x''), ?5, ?6, ?7, d.attempt, coalesce(d.first_failed_at, ?8), ?8,
-                g.subscription, ?9, d.replayed_from, d.lane
+                coalesce(d.event, e.event, x''), ?5, ?6, ?7, d.attempt - (?9 = 'expired'),
+                coalesce(d.first_failed_at, ?8), ?8, g.subscription, ?9, d.replayed_from, d.lane
          FROM polybus_deliveries d JOIN polybus_groups g ON g.id = d.group_id
               LEFT JOIN polybus_events e ON e.seq = d.seq
          WHERE d.group_id = ?1 AND d.seq = ?2 AND d.token = ?3 AND d.owner IS NOT NULL",

@@ -47,7 +47,15 @@ pub(super) async fn join(store: Arc<Store>, bus: i64, spec: GroupSpec, max_paylo
         Ok(Made::ring(joined))
     };
     let Joined { group, cursor } = store.write(1, join).await?;
-    let member = Member { bus, group, name: spec.group, ordered: spec.ordered, lease, responder };
+    let member = Member {
+        bus,
+        group,
+        name: spec.group,
+        ordered: spec.ordered,
+        lease,
+        responder,
+        keep_expired: spec.keep_expired,
+    };
     let progress = Progress {
         owner: None,
         counter: 0,
@@ -116,6 +124,7 @@ impl Shared {
             redelivered: taken.redelivered,
             received_at,
             first_failed_at: taken.first_failed_at.map(clock::from_ms),
+            expired: taken.expired,
         };
         taken.into_iter().map(delivery).collect()
     }

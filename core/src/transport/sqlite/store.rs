@@ -147,6 +147,7 @@ impl Store {
             want_full: want_full.clone(),
             is_full: false,
             limits: limits.clone(),
+            tallies: HashMap::new(),
             dirty: true,
             listener,
             finished,

@@ -6,6 +6,7 @@
 //! While one commit waits for the disk the next jobs gather, so the number of callers, not the number of commits,
 //! grows with the load.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use super::fork::{self, Tracked};
 use super::guard::Guard;
 use super::job::{Job, Probe};
 use super::lock::WriteLock;
-use super::retention::{self, Limits};
+use super::retention::{self, Limits, Tally};
 use super::schema;
 use crate::error::{Error, Result};
 
@@ -56,6 +57,8 @@ pub(super) struct Writer {
     pub want_full: Arc<AtomicBool>,
     pub is_full: bool,
     pub limits: Arc<std::sync::Mutex<Vec<Limits>>>,
+    /// By bus, where a limit on bytes needs it.
+    pub tallies: HashMap<i64, Tally>,
     /// Committed since the last tick.
     pub dirty: bool,
     /// Was told to end before this thread was.
@@ -234,16 +237,17 @@ impl Writer {
     fn sweep(&mut self, limits: &[Limits]) -> Result<bool> {
         let mut more = false;
         for limit in limits {
+            let tally = self.tallies.entry(limit.bus).or_default();
             let wanted = {
                 let _inside = fork::enter();
-                retention::is_due(&self.connection, limit)?
+                retention::is_due(&self.connection, limit, tally)?
             };
             if wanted {
                 let held = self.lock.acquire()?;
                 let _inside = fork::enter();
                 self.guard.check(Instant::now())?;
                 let tx = Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate)?;
-                let done = retention::sweep(&tx, limit)?;
+                let done = retention::sweep(&tx, limit, tally)?;
                 tx.commit()?;
                 drop(held);
                 more |= done.more;

@@ -5,6 +5,7 @@
 mod batches;
 mod delivery;
 mod flow;
+mod history;
 mod lifecycle;
 mod ordered;
 mod once;
@@ -58,6 +59,7 @@ fn run() -> Conclusion {
         ("flow", flow::ALL),
         ("batches", batches::ALL),
         ("once", once::ALL),
+        ("history", history::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use polybus_conformance::*;
 use polybus_core::bus::new_event;
-use polybus_core::delivery::Failure;
+use polybus_core::delivery::{DeadReason, Failure};
 use polybus_core::handler::{Job, Outcome};
+use polybus_core::history::{HistoryFilter, Status};
+use polybus_core::options::{HistoryQuery, ReplayOptions};
 use polybus_core::transport::{Outgoing, Start};
-use polybus_core::{Bus, BusOptions, ErrorKind, Event, Pattern, SubscribeOptions};
+use polybus_core::{Bus, BusOptions, ErrorKind, Event, Pattern, Replay, SubscribeOptions};
 use tokio::sync::Semaphore;
 
 crate::behaviours![
@@ -17,12 +19,14 @@ crate::behaviours![
     a_failing_key_holds_up_no_other: ordered,
     a_key_goes_on_after_a_dead_letter: ordered + dead_letters,
     a_replayed_event_takes_its_place: ordered + dead_letters,
+    a_replay_of_the_log_takes_its_place: ordered + dead_letters + history,
     events_without_a_key_run_at_once: ordered,
     a_dead_holder_lets_nothing_overtake: ordered + cross_process,
     what_is_given_back_keeps_its_place: ordered,
     prefetch_holds_one_of_a_key: ordered,
     a_delayed_event_takes_its_place_when_due: ordered + delayed_publish,
     what_expires_in_its_lane_is_skipped: ordered + delayed_publish,
+    what_expires_in_its_lane_can_become_a_dead_letter: ordered + delayed_publish + dead_letters,
     what_the_pattern_does_not_want_holds_up_nothing: ordered,
     a_paused_member_leaves_its_keys_to_others: ordered,
     another_order_is_refused: ordered,
@@ -257,6 +261,49 @@ async fn a_replayed_event_takes_its_place(world: World) {
     assert_eq!(facts(&seen.next().await), ("l".to_owned(), 1));
 }
 
+/// As a replayed dead letter: behind what is active, before what was published later; and not beside the letter.
+async fn a_replay_of_the_log_takes_its_place(world: World) {
+    let bus = world.bus();
+    let again = async || {
+        let replay = Replay::new(bus.clone(), ReplayOptions::new("test/s")).unwrap();
+        within(replay.run(|_| ())).await.unwrap().count
+    };
+    let (_, mut seen, gate) = gated(&bus, "n", options()).await;
+    publish_keyed(&bus, "k", 0..4).await;
+    assert_eq!(facts(&seen.next().await).1, 0);
+    gate.add_permits(1);
+    assert_eq!(facts(&seen.next().await).1, 1);
+    eventually("it is dead", || async { Ok(bus.dead_count(Default::default()).await? == 1) }).await;
+    assert_eq!(again().await, 1, "the others wait already, or are handled");
+    assert_eq!(again().await, 0, "all wait, or are handled");
+    assert_eq!(bus.dead_replay(Default::default()).await.unwrap(), 0, "it waits already");
+    let query = HistoryQuery { filter: HistoryFilter::default(), after: None, limit: 10, records: true };
+    let entries = bus.history(query).await.unwrap();
+    let statuses = entries.iter().map(|entry| entry.records.as_ref().unwrap()[0].status);
+    let statuses: Vec<_> = statuses.collect();
+    assert_eq!(statuses, [Status::Pending, Status::Processing, Status::Pending, Status::Pending]);
+    gate.add_permits(4);
+    let jobs = seen.take(3).await;
+    assert_eq!(jobs.iter().map(|job| (facts(job).1, job.attempt)).collect::<Vec<_>>(), [(0, 1), (2, 1), (3, 1)]);
+    assert!(jobs[0].redelivered);
+    finished(&bus, "test/s").await;
+    // Into empty lanes, several keys.
+    publish_keyed(&bus, "l", 1..4).await;
+    gate.add_permits(3);
+    seen.take(3).await;
+    finished(&bus, "test/s").await;
+    assert_eq!(again().await, 7);
+    gate.add_permits(7);
+    let jobs = seen.take(7).await;
+    let (k, l): (Vec<_>, Vec<_>) = jobs.iter().map(facts).partition(|(key, _)| key == "k");
+    let numbers = |found: Vec<(String, usize)>| found.into_iter().map(|(_, number)| number).collect::<Vec<_>>();
+    assert_eq!((numbers(k), numbers(l)), (vec![0, 1, 2, 3], vec![1, 2, 3]));
+    finished(&bus, "test/s").await;
+    publish_keyed(&bus, "k", 4..5).await;
+    gate.add_permits(1);
+    assert_eq!(facts(&seen.next().await), ("k".to_owned(), 4));
+}
+
 async fn events_without_a_key_run_at_once(world: World) {
     let bus = world.bus();
     let (_, mut seen, gate) = gated(&bus, "n", options()).await;
@@ -341,6 +388,28 @@ async fn what_expires_in_its_lane_is_skipped(world: World) {
     assert_eq!(bus.group_stats("test/s").await.unwrap().expired, 3);
     publish_keyed(&bus, "k", 6..7).await;
     assert_eq!(facts(&seen.next().await).1, 6);
+}
+
+async fn what_expires_in_its_lane_can_become_a_dead_letter(world: World) {
+    let bus = world.bus();
+    let (_, mut seen, gate) = gated(&bus, "n", SubscribeOptions { dead_letter_expired: true, ..options() }).await;
+    publish_keyed(&bus, "k", 1..2).await;
+    seen.next().await;
+    let soon = |number| Outgoing { expires_in: Some(Duration::from_millis(20)), ..outgoing(keyed("n", "k", number)) };
+    bus.publish(vec![soon(2), soon(3), outgoing(keyed("n", "k", 4)), soon(5)]).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(60)).await; // time itself is what is waited for
+    gate.add_permits(2);
+    assert_eq!(facts(&seen.next().await).1, 4);
+    eventually("they are dead", || async { Ok(bus.dead_count(Default::default()).await? == 3) }).await;
+    for letter in bus.dead_letters(Default::default(), None, 9).await.unwrap() {
+        assert_eq!((letter.reason, letter.attempts), (DeadReason::Expired, 0));
+    }
+    finished(&bus, "test/s").await;
+    assert_eq!(bus.group_stats("test/s").await.unwrap().expired, 0);
+    assert_eq!(bus.dead_replay(Default::default()).await.unwrap(), 3);
+    gate.add_permits(3);
+    let numbers: Vec<_> = seen.take(3).await.iter().map(|job| facts(job).1).collect();
+    assert_eq!(numbers, [2, 3, 5]);
 }
 
 async fn what_the_pattern_does_not_want_holds_up_nothing(world: World) {

@@ -24,7 +24,7 @@ for at = 4, #ARGV, 13 do
         local lane = string.match(redis.call('HGET', work, id .. ':lane') or '', '^[^|]*|[^|]*')
         redis.call('XADD', KEYS[4], '*', 't', ARGV[at + 7], 'e', redis.call('HGET', work, id), 'r', ARGV[at + 9],
           'k', ARGV[at + 10], 'm', ARGV[at + 11], 's', ARGV[at + 12], 'n', ARGV[at + 5], 'f', failed, 'l', now,
-          'u', ARGV[3], 'p', from, 'o', lane or '')
+          'u', ARGV[3], 'p', from, 'i', string.match(id, '^%d+%-%d+$') or '', 'o', lane or '')
       end
       redis.call('HDEL', work, id, id .. ':facts')
       out[1] = out[1] + proceed(retry, work, lanes, id)

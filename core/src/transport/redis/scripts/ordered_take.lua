@@ -2,25 +2,27 @@
 -- step, so that an event cannot overtake another of its key between two processes. Every entry read is copied into the
 -- group's store of work; one whose lane has an active event is parked behind it.
 -- KEYS events groups counts retry held work lanes
--- ARGV group | consumer | token prefix | lease ms | most deliveries | most bytes | pattern | types that it does not match …
+-- ARGV group | consumer | token prefix | lease ms | most deliveries | most bytes | 1 to take what has expired, too, or "" | pattern |
+-- types that it does not match …
 -- Returns {now, next due (-1: none), lost, 1 when the log may have more, up to this entry all was read, pattern, then for
--- each: id, event, attempt, first failed, token, type, codec, 1 when somebody took it before}. With another pattern than the caller's nothing was done.
+-- each: id, event, attempt, first failed, token, type, codec, 1 when somebody took it before, 1 when it has
+-- expired}. With another pattern than the caller's nothing was done.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local group, most, bytes = ARGV[1], tonumber(ARGV[5]), tonumber(ARGV[6])
+local group, most, bytes, keep = ARGV[1], tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
 local retry, held, work, lanes = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local known = redis.call('HGET', KEYS[2], group)
 if not known then return redis.error_reply('NOGROUP the group is not known on this bus') end
 local pattern = cjson.decode(known).pattern
 local out, taken, size, expired = { now, -1, 0, 1, '', pattern }, 0, 0, 0
-if pattern ~= ARGV[7] then return out end
+if pattern ~= ARGV[8] then return out end
 
-local function lease(id, event, attempt, failed, from, kind, codec, again)
+local function lease(id, event, attempt, failed, from, kind, codec, again, late)
   taken, size = taken + 1, size + #event
   local token = ARGV[3] .. taken
   redis.call('ZADD', held, now + ARGV[4], id)
   redis.call('HSET', work, id .. ':facts', attempt .. '|' .. failed .. '|' .. token .. '|' .. from)
-  for _, part in ipairs({ id, event, attempt, failed, token, kind, codec, again }) do out[#out + 1] = part end
+  for _, part in ipairs({ id, event, attempt, failed, token, kind, codec, again, late and 1 or 0 }) do out[#out + 1] = part end
 end
 
 -- What dead owners held comes back first; their attempts count.
@@ -40,8 +42,8 @@ while taken < most and size < bytes and looked < 1000 do
   -- What is taken out of its lane for the first time may have expired there, and nobody has matched its type yet.
   local expires, codec, kind = string.match(lane or '', '^[^|]*|[^|]*|([^|]*)|([^|]*)|(.*)$')
   local late = mark == 'new' and tonumber(expires or '') and tonumber(expires) <= now
-  if event and attempt and not late then
-    lease(id, event, attempt + 1, failed, from, mark == 'new' and kind or '', codec or '', mark == 'new' and 0 or 1)
+  if event and attempt and (keep or not late) then
+    lease(id, event, attempt + 1, failed, from, mark == 'new' and kind or '', codec or '', mark == 'new' and 0 or 1, late)
   else
     redis.call('HDEL', work, id, id .. ':facts')
     proceed(retry, work, lanes, id)
@@ -50,7 +52,7 @@ while taken < most and size < bytes and looked < 1000 do
 end
 
 local unwanted = {}
-for at = 8, #ARGV do unwanted[ARGV[at]] = true end
+for at = 9, #ARGV do unwanted[ARGV[at]] = true end
 local read = 0
 while taken < most and size < bytes and read < 1000 do
   local answer = redis.call('XREADGROUP', 'GROUP', group, ARGV[2], 'COUNT', most - taken, 'NOACK', 'STREAMS', KEYS[1], '>')
@@ -66,8 +68,9 @@ while taken < most and size < bytes and read < 1000 do
     local id, fields = entry[1], {}
     read, out[5] = read + 1, entry[1]
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    local late = fields.x and tonumber(fields.x) <= now
     if fields.t and unwanted[fields.t] then -- nothing to do
-    elseif fields.x and tonumber(fields.x) <= now then
+    elseif late and not keep then
       expired = expired + 1
     else
       local event, codec, key = fields.e, fields.c or '', fields.k
@@ -87,7 +90,7 @@ while taken < most and size < bytes and read < 1000 do
           redis.call('ZADD', lanes, 0, digest .. ':' .. place .. ':' .. id)
         end
       end
-      if active then lease(id, event, 1, '', '', fields.t or '', codec, 0) end
+      if active then lease(id, event, 1, '', '', fields.t or '', codec, 0, late) end
     end
   end
 end

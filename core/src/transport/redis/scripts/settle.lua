@@ -39,8 +39,10 @@ for at = 4, #ARGV, 13 do
       ring = ring or verdict == 'b'
     elseif verdict == 'd' then
       if failed == '' then failed = tostring(now) end
+      local entry = string.match(id, '^%d+%-%d+$') or ''
       redis.call('XADD', KEYS[5], '*', 't', ARGV[at + 7], 'e', event, 'r', ARGV[at + 9], 'k', ARGV[at + 10],
-        'm', ARGV[at + 11], 's', ARGV[at + 12], 'n', ARGV[at + 5], 'f', failed, 'l', now, 'u', subscription, 'p', from)
+        'm', ARGV[at + 11], 's', ARGV[at + 12], 'n', ARGV[at + 5], 'f', failed, 'l', now, 'u', subscription, 'p', from,
+        'i', entry)
     end
     if held == 'p' then
       acks[#acks + 1] = id
