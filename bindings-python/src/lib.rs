@@ -19,6 +19,12 @@ fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
+/// Runs the command `polybus` with these arguments, the program's name first. Returns its exit code.
+#[pyfunction]
+fn cli(py: Python<'_>, args: Vec<String>) -> i32 {
+    py.detach(|| polybus_core::cli::run(args))
+}
+
 /// The module `polybus._native`.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -44,6 +50,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(options::options_from_dict, module)?)?;
     module.add_function(wrap_pyfunction!(options::options_from_env, module)?)?;
     module.add_function(wrap_pyfunction!(options::options_from_file, module)?)?;
+    module.add_function(wrap_pyfunction!(cli, module)?)?;
     module.add_function(wrap_pyfunction!(version, module)?)
 }
 

@@ -2,13 +2,14 @@
 //!
 //! An event walks one way through these modules, and each imports only those named before it:
 //!
-//! `error → event → pattern → codec → retry → delivery → dead_letter → history → transport → handler → dispatch → request → bus → replay → host`
+//! `error → event → pattern → codec → retry → delivery → dead_letter → outbox → history → transport → handler → dispatch → request → bus → replay → host`
 //!
 //! `batch`, `breaker`, `clock`, `config`, `lease`, `logs`, `metrics`, `options`, `process` and `testkit` serve them. The languages meet the core in [`host`].
 
 mod batch;
 pub mod breaker;
 pub mod bus;
+pub mod cli;
 pub mod clock;
 pub mod codec;
 pub mod config;
@@ -24,6 +25,7 @@ mod lease;
 pub mod logs;
 pub mod metrics;
 pub mod options;
+pub mod outbox;
 pub mod pattern;
 pub mod process;
 pub mod request;
