@@ -123,7 +123,8 @@ mod tests {
     #[test]
     fn the_ddl_ends_each_statement() {
         for dialect in ["postgres", "sqlite", "mysql"] {
-            let (code, out, err) = polybus(&format!("outbox ddl --dialect {dialect} --table jobs_out --inbox-table seen"));
+            let (code, out, err) =
+                polybus(&format!("outbox ddl --dialect {dialect} --table jobs_out --inbox-table seen"));
             assert_eq!((code, err.as_str()), (0, ""));
             assert!(out.contains("jobs_out") && out.contains("seen") && out.ends_with(";\n"), "{out}");
         }
@@ -131,7 +132,9 @@ mod tests {
 
     #[test]
     fn schemas_name_the_tables_that_were_asked_for() {
-        for (tool, sign) in [("prisma", "@@map(\"jobs_out\")"), ("drizzle", "pgTable(\n  'jobs_out'"), ("knex", "\"jobs_out\"")] {
+        for (tool, sign) in
+            [("prisma", "@@map(\"jobs_out\")"), ("drizzle", "pgTable(\n  'jobs_out'"), ("knex", "\"jobs_out\"")]
+        {
             let (code, out, err) = polybus(&format!("outbox schema --for {tool} --dialect postgres --table jobs_out"));
             assert_eq!((code, err.as_str()), (0, ""));
             assert!(out.contains(sign), "{out}");

@@ -48,7 +48,9 @@ fn prisma(dialect: Dialect, outbox: &Table, inbox: &Table) -> String {
 
 fn drizzle(dialect: Dialect, outbox: &Table, inbox: &Table) -> Result<String> {
     if outbox.schema() != inbox.schema() {
-        return Err(Error::invalid_config("give both tables the same schema, or print one at a time and take its half"));
+        return Err(Error::invalid_config(
+            "give both tables the same schema, or print one at a time and take its half",
+        ));
     }
     let (template, table, of_schema) = match dialect {
         Dialect::Postgres => (include_str!("templates/drizzle-postgres.txt"), "pgTable", "pgSchema"),
