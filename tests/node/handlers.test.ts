@@ -47,6 +47,20 @@ test('a failing handler is retried, then buried with its error, then replayed', 
   await assert.rejects(bus.deadLetters.purge(undefined as never), { code: 'invalid_config' })
 })
 
+test('idle does not wait for what is paused', async () => {
+  const bus = testBus()
+  const seen: unknown[] = []
+  const subscription = await bus.subscribe('a', (event) => void seen.push(event.payload), { name: 'a' })
+  subscription.pause()
+  await bus.publish('a', 1)
+  await bus.idle()
+  assert.deepEqual(seen, [])
+  subscription.resume()
+  await bus.idle()
+  assert.deepEqual(seen, [1])
+  await bus.close()
+})
+
 test('Retry decides when, Reject decides never', async () => {
   const bus = testBus()
   const seen: number[] = []

@@ -114,6 +114,19 @@ async def test_advance_does_not_wait_for_ever() -> None:
         await bus.idle()
 
 
+async def test_idle_does_not_wait_for_what_is_paused() -> None:
+    async with TestBus() as bus:
+        seen: list[int] = []
+        subscription = await bus.subscribe("x", lambda event: seen.append(event.payload), name="x")
+        subscription.pause()
+        await bus.publish("x", 1)
+        await asyncio.wait_for(bus.idle(), 20)
+        assert seen == []
+        subscription.resume()
+        await asyncio.wait_for(bus.idle(), 20)
+        assert seen == [1]
+
+
 async def test_with_retry() -> None:
     calls: list[Any] = []
     buried: list[Any] = []

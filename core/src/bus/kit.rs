@@ -40,7 +40,7 @@ impl Bus {
         self.kit().map(|_| self.0.clock.advance(by))
     }
 
-    /// Waits until nothing is left to do at this moment of the bus's time.
+    /// Waits until nothing is left to do at this moment of the bus's time. Who is paused has nothing to do.
     pub async fn idle(&self) -> Result<()> {
         self.kit()?;
         self.open().await?.idle().await
