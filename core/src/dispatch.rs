@@ -106,6 +106,8 @@ struct Held {
     settling: usize,
     breaker: Option<Breaker>,
     batches: Option<Batches>,
+    /// What was taken last has to run alone: one at a time, so that nothing goes down with it if it ends its process.
+    wary: bool,
 }
 
 type Settling = Task<(Vec<Settlement>, Result<Vec<Lease>>)>;

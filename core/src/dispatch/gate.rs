@@ -72,7 +72,8 @@ impl Dispatcher {
         // Held while the source is told: who resumes the subscription meanwhile has the last word.
         let wish = self.wish.borrow();
         let open = held.breaker.as_ref().and_then(Breaker::due);
-        let filling = held.batches.as_ref().and_then(Batches::due);
+        let fills = held.buffered.front().is_none_or(|delivery| !self.is_last(delivery));
+        let filling = held.batches.as_ref().filter(|_| fills).and_then(Batches::due);
         let rest = match (open, filling) {
             // There is nothing to do until somebody resumes it, who moves no clock.
             _ if *wish == Wish::Pause => Some(Rest { until: Duration::MAX, takes: false, holds: held.buffered.len() }),
