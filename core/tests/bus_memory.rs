@@ -339,4 +339,11 @@ async fn an_injected_duplicate_is_absorbed_by_the_subscription() {
         // Without moving time: who waits for the key goes on when it is free.
         assert_eq!(subscription.counters().duplicates.load(Ordering::SeqCst), number as u64 + 1);
     }
+    let text = polybus_core::metrics::render(&bus);
+    for status in ["completed", "duplicate"] {
+        let line = text.lines().find(|line| {
+            line.starts_with("polybus_events_processed_total{") && line.contains(&format!("status=\"{status}\""))
+        });
+        assert!(line.is_some_and(|line| line.ends_with("} 2")), "{status}: {text}");
+    }
 }
