@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::codec;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::dispatch::{Dispatcher, Once, Rules};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, closed};
 use crate::event::{Event, EventType, Meta, Text};
 use crate::handler::Handler;
 use crate::history::{HistoryEntry, ReplayBatch, ReplayStep};
@@ -540,10 +540,6 @@ impl Drop for EndGuard {
     fn drop(&mut self) {
         self.0.send_replace(true);
     }
-}
-
-fn closed() -> Error {
-    Error::bus_closed("the bus is closed; call start() to open it again")
 }
 
 fn found(id: Option<Text>, count: u64) -> Result<u64> {
