@@ -61,7 +61,7 @@ async fn time_goes_from_one_due_time_to_the_next() {
     use polybus_core::retry::{Jitter, RetryPolicy};
     let begin = std::time::SystemTime::now();
     let bus = test_bus();
-    let seen: Arc<std::sync::Mutex<Vec<(&str, u32, u64)>>> = Arc::default();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::<(&str, u32, u64)>::new()));
     for (name, secs) in [("quick", 1), ("slow", 3)] {
         let seen = seen.clone();
         let handler = from_fn(move |job| {

@@ -113,7 +113,7 @@ class TestBus(Bus):
         await _runtime.run_or_forget(self._native.advance(seconds))
 
     async def idle(self) -> None:
-        """Wait until nothing is left to do at this moment of the bus's time. A paused subscription has nothing to do."""
+        """Wait until nothing is left to do at this moment of the bus's time; what is paused has nothing to do."""
         await self._settle()
         await _runtime.run_or_forget(self._native.idle())
 
