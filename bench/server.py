@@ -38,6 +38,10 @@ class Server:
                 raise Failed(f"redis-server on port {self.port} did not start")
             time.sleep(0.005)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _answers(self) -> bool:
         """Whether it is there and has read what it wrote."""
         try:

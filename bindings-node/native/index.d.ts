@@ -68,6 +68,11 @@ export declare class NativeBus {
    * of the calls.
    */
   publish(key: number, texts: Uint8Array, lengths: Float64Array, count: number): string | null
+  /**
+   * Publishes the events in `texts`, each for itself, in order. The output tells what became of each: receipts as
+   * [`receipts::text`] writes them.
+   */
+  publishEach(key: number, texts: Uint8Array, lengths: Float64Array, count: number): string | null
   /** One request, given as an event is published. The output is the reply, as in `decodeEvent`. */
   request(key: number, texts: Uint8Array, lengths: Float64Array, options: string): string | null
   /** For a synchronous publish of one event: `[[wire, payload length, meta length], [subscription, …]]`. */

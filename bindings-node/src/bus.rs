@@ -16,7 +16,7 @@ use polybus_core::dead_letter::DeadLetter;
 use polybus_core::error::{Error, Result};
 use polybus_core::options::{BusOptions, DeadLetterQuery, Mode, Naming, OnDuplicate, PublishOptions};
 use polybus_core::subscription::Counters;
-use polybus_core::transport::{GroupStats, Outgoing, Receipt};
+use polybus_core::transport::{GroupStats, Outgoing};
 use polybus_core::{Bus, Subscription, metrics, process};
 use serde_json::{Value, json};
 
@@ -25,6 +25,7 @@ use crate::error::throw;
 use crate::event;
 use crate::history;
 use crate::options;
+use crate::receipts;
 
 /// A bus of the core.
 #[napi]
@@ -125,7 +126,7 @@ impl NativeBus {
             let batch = outgoing(event::drafts(texts, lengths, limit)).map_err(throw)?;
             return self.start_with(key, |bus| async move {
                 drop(turn.await);
-                bus.publish(batch).await.map(|receipts| receipts_text(&receipts))
+                bus.publish(batch).await.map(|receipts| receipts::text(&receipts))
             });
         }
         let (texts, lengths) = (texts.to_vec(), lengths.to_vec());
@@ -142,9 +143,37 @@ impl NativeBus {
                     Poll::Ready(receipts) => receipts,
                     Poll::Pending => publishing.await,
                 };
-                receipts.map(|receipts| receipts_text(&receipts))
+                receipts.map(|receipts| receipts::text(&receipts))
             });
             elsewhere.await.map_err(ended)?
+        })
+    }
+
+    /// Publishes the events in `texts`, each for itself, in order. The output tells what became of each: receipts as
+    /// [`receipts::text`] writes them.
+    #[napi]
+    pub fn publish_each(
+        &self,
+        key: u32,
+        texts: Uint8ArraySlice,
+        lengths: Float64ArraySlice,
+        count: u32,
+    ) -> napi::Result<Option<String>> {
+        let lengths = &lengths[..count as usize * event::DRAFT];
+        let texts = &texts[..event::size(lengths).min(texts.len())];
+        let turn = self.turn.clone().lock_owned();
+        let (mut good, mut outcomes) = (Vec::with_capacity(count as usize), Vec::with_capacity(count as usize));
+        for draft in event::drafts(texts, lengths, self.bus.options().max_payload_bytes) {
+            outcomes.push(draft.map(|(outgoing, _)| good.push(outgoing)));
+        }
+        self.start_with(key, |bus| async move {
+            drop(turn.await);
+            let mut stored = bus.publish_each(good).await.into_iter();
+            let outcomes = outcomes.into_iter().map(|valid| match valid {
+                Ok(()) => stored.next().unwrap_or_else(|| Err(Error::connection_failed("there is no receipt"))),
+                Err(error) => Err(error),
+            });
+            Ok(receipts::of_each(&outcomes.collect::<Vec<_>>()))
         })
     }
 
@@ -396,24 +425,6 @@ fn ended(cause: tokio::task::JoinError) -> Error {
 
 fn nothing((): ()) -> String {
     String::new()
-}
-
-fn receipts_text(receipts: &[Receipt]) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(receipts.len() * 64 + 2);
-    text.push('[');
-    for (index, receipt) in receipts.iter().enumerate() {
-        let comma = if index == 0 { "" } else { "," };
-        let id = Value::from(&*receipt.id);
-        // Writing into a String cannot fail.
-        let duplicate = if receipt.duplicate { ",\"duplicate\":true" } else { "" };
-        let _ = match receipt.position.as_deref().map(Value::from) {
-            Some(position) => write!(text, "{comma}{{\"id\":{id},\"position\":{position}{duplicate}}}"),
-            None => write!(text, "{comma}{{\"id\":{id}{duplicate}}}"),
-        };
-    }
-    text.push(']');
-    text
 }
 
 fn stats_value(subscription: &Subscription, group: Option<GroupStats>) -> Value {

@@ -4,7 +4,7 @@
  * @module
  */
 import { InvalidEvent } from './errors.js'
-import { Event, type MetaInput, wireOf } from './event.js'
+import { Event, type MetaInput, plainTypeOf, wireOf } from './event.js'
 import { describeValue, metaText, optionsText, payloadText } from './json.js'
 
 /** Options of one publish. */
@@ -26,13 +26,23 @@ export interface Draft<T = any> extends Omit<PublishOptions, 'mode'> {
 
 // As in bindings-node/src/event.rs: kind, and the lengths of type, payload, meta and options in bytes.
 const NUMBERS = 5
+/** The core checks all of it. */
+const UNCHECKED = 0
+/** A whole wire form. */
+const WHOLE = 1
+/** The payload comes from JSON.stringify, and there is no meta. */
+const WRITTEN = 2
+/** A whole wire form without meta of the user; its type's length is added. */
+const PLAIN = 3
 /** A character of a JavaScript string is at most so many bytes of UTF-8. */
 const WIDEST = 3
-/** A batch that has grown beyond this is not kept for the next publish. */
+/** Buffers that have grown beyond this are not kept for the next publish. */
 const KEPT_BYTES = 4 << 20
 
-/** The batch that the next publish may use: making its buffers anew would cost more than filling them. */
-let spare: Batch | undefined
+/** Where texts are written for the core, which reads them before the call returns. */
+let shared = Buffer.allocUnsafeSlow(16 << 10)
+/** The numbers that the next batch may use: making them anew would cost more than filling them. */
+let spare: Float64Array | undefined
 
 /**
  * Drafts as events, and what they say about time.
@@ -58,24 +68,19 @@ export function eventsOf(given: readonly (Event | Draft)[]): { events: Event[]; 
 
 /** Events to publish. */
 export class Batch {
-  bytes = Buffer.allocUnsafeSlow(16 << 10)
-  lengths = new Float64Array(NUMBERS * 64)
+  lengths = spare ?? new Float64Array(NUMBERS * 64)
   count = 0
-  #end = 0
+  /** Texts in their order; an empty one is left out. */
+  #texts: string[] = []
 
-  /** A batch for one publish; {@link Batch.release} gives it back. */
-  static empty(): Batch {
-    const batch = spare ?? new Batch()
+  constructor() {
     // A payload's toJSON may publish in its turn.
     spare = undefined
-    batch.count = 0
-    batch.#end = 0
-    return batch
   }
 
   /** @throws InvalidEvent, which lists those that are not valid. */
   static of(events: readonly (Event | Draft)[]): Batch {
-    const batch = Batch.empty()
+    const batch = new Batch()
     const failures: { index: number; error: InvalidEvent }[] = []
     for (let index = 0; index < events.length; index++) {
       try {
@@ -91,9 +96,20 @@ export class Batch {
     throw new InvalidEvent(message, { failures })
   }
 
+  /** All texts, valid until the next batch is asked; {@link Batch.lengths} fits them from now on. */
+  get bytes(): Buffer {
+    // Written in one go: a call for each text would cost more than the copy.
+    const text = this.#texts.length === 1 ? (this.#texts[0] as string) : this.#texts.join('')
+    if (WIDEST * text.length > shared.length) shared = Buffer.allocUnsafeSlow(2 * WIDEST * text.length)
+    const bytes = shared
+    if (bytes.length > KEPT_BYTES) shared = Buffer.allocUnsafeSlow(16 << 10)
+    if (bytes.write(text) !== text.length) this.#measure()
+    return bytes
+  }
+
   /** Called when the core has read it. */
   release(): void {
-    if (this.bytes.length <= KEPT_BYTES) spare = this
+    if (this.lengths.length <= KEPT_BYTES / 64) spare = this.lengths
   }
 
   #addAny(event: Event | Draft | undefined): void {
@@ -108,48 +124,52 @@ export class Batch {
       schedule = optionsText(options, 'publish')
       break
     }
-    this.add(type, payload, meta, schedule)
+    Batch.add(() => this, type, payload, meta, schedule)
   }
 
-  /** An event of these parts, to be made by the core. */
-  add(type: unknown, payload: unknown, meta: MetaInput | undefined, schedule: string): void {
+  /** Adds an event of these parts, to be made by the core, to the batch that `open` gives when they have been read. */
+  static add(open: () => Batch, type: unknown, payload: unknown, meta: MetaInput | undefined, schedule: string): void {
     if (typeof type !== 'string') {
       throw new InvalidEvent(`publish takes an event type or an Event, not ${describeValue(type)}`)
     }
     const payloadJson = payloadText(payload)
     const metaJson = metaText(meta)
-    this.#number(0, this.#write(type), this.#write(payloadJson), this.#write(metaJson), this.#write(schedule))
+    const kind = metaJson === '' && !(payload instanceof Uint8Array) ? WRITTEN : UNCHECKED
+    open().#number(kind, type, payloadJson, metaJson, schedule)
   }
 
   /** An event that there is: it goes as it is, its id and number texts included. */
   addEvent(event: Event, schedule: string): void {
-    this.#number(1, 0, this.#write(wireOf(event)), 0, this.#write(schedule))
+    const type = plainTypeOf(event)
+    this.#number(type < 0 ? WHOLE : PLAIN + type, '', wireOf(event), '', schedule)
   }
 
-  #write(text: string): number {
-    if (text === '') return 0
-    const most = this.#end + WIDEST * text.length
-    if (most > this.bytes.length) {
-      const larger = Buffer.allocUnsafeSlow(Math.max(most, 2 * this.bytes.length))
-      this.bytes.copy(larger, 0, 0, this.#end)
-      this.bytes = larger
-    }
-    const written = this.bytes.write(text, this.#end)
-    this.#end += written
-    return written
-  }
-
-  #number(kind: number, type: number, payload: number, meta: number, schedule: number): void {
+  #number(kind: number, type: string, payload: string, meta: string, schedule: string): void {
     let at = NUMBERS * this.count++
     if (at === this.lengths.length) {
       const larger = new Float64Array(2 * at)
       larger.set(this.lengths)
       this.lengths = larger
     }
-    this.lengths[at++] = kind
-    this.lengths[at++] = type
-    this.lengths[at++] = payload
-    this.lengths[at++] = meta
-    this.lengths[at] = schedule
+    const { lengths } = this
+    lengths[at++] = kind
+    lengths[at++] = type.length
+    lengths[at++] = payload.length
+    lengths[at++] = meta.length
+    lengths[at] = schedule.length
+    if (type !== '') this.#texts.push(type)
+    if (payload !== '') this.#texts.push(payload)
+    if (meta !== '') this.#texts.push(meta)
+    if (schedule !== '') this.#texts.push(schedule)
+  }
+
+  /** Not all is ASCII: counts bytes instead of characters. */
+  #measure(): void {
+    const { lengths } = this
+    let text = 0
+    for (let at = 0; at < NUMBERS * this.count; at++) {
+      if (at % NUMBERS === 0 || lengths[at] === 0) continue
+      lengths[at] = Buffer.byteLength(this.#texts[text++] as string)
+    }
   }
 }

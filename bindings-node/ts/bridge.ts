@@ -130,6 +130,7 @@ export class Bridge {
   #flushing = false
   readonly #waiting = new Map<number, Waiting>()
   #lastKey = 0
+  readonly #flushes = new Set<() => void>()
   readonly #runners = new Map<number, Runner>()
   #lastRunner = 0
   readonly #loggers = new Map<object, Logger>()
@@ -156,6 +157,7 @@ export class Bridge {
    * Rejects with what {@link fromNative} takes, so that the caller's own async function makes the error.
    */
   operation(start: (key: number) => string | null): Promise<string> | string {
+    if (this.#flushes.size > 0) for (const flush of this.#flushes) flush()
     do this.#lastKey = (this.#lastKey + 1) >>> 0
     while (this.#waiting.has(this.#lastKey))
     const key = this.#lastKey
@@ -163,6 +165,16 @@ export class Bridge {
     if (text !== null) return text
     this.hold()
     return new Promise<string>((resolve, reject) => this.#waiting.set(key, { resolve, reject }))
+  }
+
+  /** What waits for the end of this turn: `flush` is called before the next operation begins. */
+  enter(flush: () => void): void {
+    this.#flushes.add(flush)
+  }
+
+  /** It was called. */
+  leave(flush: () => void): void {
+    this.#flushes.delete(flush)
   }
 
   /** Drops an operation whose outcome nobody waits for any more; its promise stays pending. */

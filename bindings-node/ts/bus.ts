@@ -31,6 +31,7 @@ import {
 import { native } from './native.js'
 import { type AnyEvents, type BusOptions, checkTimeout, type TypeOf } from './options.js'
 import { type RequestOptions, request } from './request.js'
+import { receiptOf, receiptsOf, Sender } from './sender.js'
 import {
   DRAIN_MS,
   Events,
@@ -61,6 +62,7 @@ export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
  */
 export class Bus<E extends object = AnyEvents> {
   readonly #native: InstanceType<typeof native.NativeBus>
+  readonly #sender: Sender
   readonly #sync: boolean
   readonly #logger: Logger | undefined
   readonly #replaces: boolean
@@ -93,6 +95,7 @@ export class Bus<E extends object = AnyEvents> {
     const config = (options as { [CONFIG]?: string } | undefined)?.[CONFIG]
     const text = config ?? optionsText(rest, 'bus')
     this.#native = call(() => new native.NativeBus(bridge().native, url ?? 'memory://', text, config !== undefined))
+    this.#sender = new Sender(this.#native)
     this.#logger = logger
     if (logger !== undefined) bridge().setLogger(this, logger)
     this.#sync = this.#native.isSync
@@ -320,28 +323,23 @@ export class Bus<E extends object = AnyEvents> {
       const schedule = given ? (second as PublishOptions | undefined) : options
       return await publishThrough(this.#publishing, event, (event) => this.#publish(event, schedule))
     }
-    const batch = Batch.empty()
-    let schedule = ''
-    if (!Event.isEvent(first)) {
-      if (options !== undefined) schedule = optionsText(options, 'publish')
-      batch.add(first, second, meta, schedule)
-    } else {
-      if (second !== undefined) schedule = optionsText(second as object, 'publish')
-      batch.addEvent(first, schedule)
+    if (Event.isEvent(first)) return await this.#publish(first, second as PublishOptions | undefined)
+    const schedule = options === undefined ? '' : optionsText(options, 'publish')
+    if (isSync(schedule, this.#sync)) {
+      const batch = new Batch()
+      Batch.add(() => batch, first, second, meta, schedule)
+      return await this.#handle(batch)
     }
-    const sync = isSync(schedule, this.#sync)
-    if (sync) return await this.#handle(batch)
-    const [receipt] = JSON.parse(await this.#send(batch))
-    return receipt
+    return await receiptOf(this.#sender.add(first, second, meta, schedule))
   }
 
   /** What {@link Bus.publish} does with an event, after its middleware. */
   async #publish(event: Event, options?: PublishOptions): Promise<Receipt> {
     const schedule = options === undefined ? '' : optionsText(options, 'publish')
-    const batch = Batch.empty()
+    if (!isSync(schedule, this.#sync)) return await receiptOf(this.#sender.addEvent(event, schedule))
+    const batch = new Batch()
     batch.addEvent(event, schedule)
-    if (isSync(schedule, this.#sync)) return await this.#handle(batch)
-    return JSON.parse(await this.#send(batch))[0]
+    return await this.#handle(batch)
   }
 
   /**
@@ -358,7 +356,7 @@ export class Bus<E extends object = AnyEvents> {
       return receipts
     }
     if (this.#publishing.length > 0) return await this.#publishManyThrough(events)
-    return events.length === 0 ? [] : JSON.parse(await this.#send(Batch.of(events)))
+    return events.length === 0 ? [] : receiptsOf(await this.#send(Batch.of(events)))
   }
 
   async #handleThrough(event: Event | Draft): Promise<Receipt> {
@@ -370,11 +368,11 @@ export class Bus<E extends object = AnyEvents> {
   async #publishManyThrough(given: readonly (Event | Draft)[]): Promise<Receipt[]> {
     const { events, schedules } = eventsOf(given)
     return await publishManyThrough(this.#publishing, events, async (going, indexes) => {
-      const batch = Batch.empty()
+      const batch = new Batch()
       going.forEach((event, at) => {
         batch.addEvent(event, schedules[indexes[at] as number] as string)
       })
-      return JSON.parse(await this.#send(batch))
+      return receiptsOf(await this.#send(batch))
     })
   }
 

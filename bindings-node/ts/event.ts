@@ -84,6 +84,9 @@ export let deliver: (
 ) => Received
 /** The wire form of an event. */
 export let wireOf: (event: Event) => string
+/** The length of the type of an event whose wire form is as {@link plainWire} writes it; another: -1. */
+export let plainTypeOf: (event: Event) => number
+let sealPlain: (wire: string, typeLength: number, payloadLength: number) => Event
 
 /**
  * An immutable event. `T` types the payload; nothing checks it at run time.
@@ -96,6 +99,7 @@ export class Event<T = any> {
   readonly #typeLength: number
   readonly #payloadLength: number
   readonly #metaLength: number
+  #plain = false
   #attempt = 0
   #redelivered = false
   #group = ''
@@ -115,6 +119,12 @@ export class Event<T = any> {
       event.#receivedAt = receivedAt
       return event as Received
     }
+    sealPlain = (wire, typeLength, payloadLength) => {
+      const event = new Event(wire, typeLength, payloadLength, metaLengthOf(wire, typeLength, payloadLength))
+      event.#plain = true
+      return event
+    }
+    plainTypeOf = (event) => (#wire in event && event.#plain ? event.#typeLength : -1)
     // An event of another copy of this package keeps its text to itself.
     wireOf = (event) => (#wire in event ? event.#wire : (event as Event).encode().toString())
     Object.defineProperty(Event.prototype, EVENT, { value: true })
@@ -135,7 +145,7 @@ export class Event<T = any> {
   static create<T = any>(type: string, payload: T, meta?: MetaInput): Event<T> {
     const text = payloadText(payload)
     if (meta === undefined && VALID_TYPES.has(type) && !(payload instanceof Uint8Array)) {
-      return fresh(plainWire(type, text), type, text)
+      return sealPlain(plainWire(type, text), type.length, text.length)
     }
     const wire = call(() => native.createEvent(String(type), text, metaText(meta)))
     if (VALID_TYPES.size < MOST_TYPES) VALID_TYPES.add(type)
@@ -300,8 +310,12 @@ function plainWire(type: string, payload: string): string {
 const ids = { made: 0, timestamp: '', texts: '', count: 1, left: 0, used: 0 }
 
 function fresh<T>(wire: string, type: string, payload: string): Event<T> {
-  const metaAt = TYPE_AT + type.length + PAYLOAD_AFTER + payload.length + META_AFTER
-  return seal(wire, type.length, payload.length, wire.length - metaAt - 1)
+  return seal(wire, type.length, payload.length, metaLengthOf(wire, type.length, payload.length))
+}
+
+/** Of a wire form that ends with its meta. */
+function metaLengthOf(wire: string, typeLength: number, payloadLength: number): number {
+  return wire.length - (TYPE_AT + typeLength + PAYLOAD_AFTER + payloadLength + META_AFTER) - 1
 }
 
 /** `[wire, payload length, meta length]`, as the addon writes it. */

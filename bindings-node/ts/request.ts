@@ -32,9 +32,9 @@ export async function request(
     throw new InvalidConfig(`signal must be an AbortSignal, not ${describeValue(signal)}`)
   }
   signal?.throwIfAborted()
-  const batch = Batch.empty()
+  const batch = new Batch()
   if (isEvent) batch.addEvent(first, '')
-  else batch.add(first, second ?? null, meta, '')
+  else Batch.add(() => batch, first, second ?? null, meta, '')
   let key = 0
   const asked = run((given) => {
     key = given

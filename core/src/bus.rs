@@ -1,5 +1,6 @@
 //! The bus: options, a transport that is opened on first use, and the subscriptions of this process.
 
+mod each;
 mod kit;
 mod requests;
 

@@ -3,6 +3,8 @@
 //! Limits are checked before anything is parsed. The payload is kept as the bytes it came in; members that this
 //! version does not know are kept and passed on.
 
+mod recent;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
@@ -11,8 +13,9 @@ use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use self::recent::Member;
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::{Aggregate, Event, EventData, EventType, Meta, Text};
+use crate::event::{Aggregate, Event, EventData, Meta, Text};
 
 /// Deepest nesting of a payload.
 pub const MAX_DEPTH: usize = 64;
@@ -35,6 +38,14 @@ pub fn check_payload(payload: &[u8], limit: usize) -> Result<()> {
     std::str::from_utf8(payload)
         .map_err(|cause| Error::invalid_event("the payload is not UTF-8 text").caused_by(cause))?;
     Ok(())
+}
+
+/// As [`check_payload`] for what a JSON writer of a host has made: only its size and depth are looked at.
+pub fn check_written(payload: &[u8], limit: usize) -> Result<()> {
+    if payload.len() > limit {
+        return Err(too_large("payload", payload.len(), limit));
+    }
+    check_depth(payload, MAX_DEPTH)
 }
 
 fn too_large(what: &str, size: usize, limit: usize) -> Error {
@@ -239,7 +250,9 @@ pub fn decode(bytes: &Bytes, limit: usize) -> Result<Event> {
         return Err(too_large("event", bytes.len(), limit.saturating_add(MAX_ENVELOPE)));
     }
     check_depth(bytes, MAX_DEPTH + 2)?; // the payload sits one level deep, headers two
-    let wire: WireEvent = serde_json::from_slice(bytes)
+    // Known to be UTF-8, its texts need not be looked at one by one.
+    let wire: WireEvent = std::str::from_utf8(bytes)
+        .map_or_else(|_| serde_json::from_slice(bytes), serde_json::from_str)
         .map_err(|cause| Error::invalid_event(format!("not an event: {cause}")).caused_by(cause))?;
     let missing = |member: &str| Error::invalid_event(format!("not an event: {member} is missing"));
     let payload = wire.payload.ok_or_else(|| missing("payload"))?.get();
@@ -252,7 +265,7 @@ pub fn decode(bytes: &Bytes, limit: usize) -> Result<Event> {
         return Err(missing(if meta.id.is_empty() { "meta.id" } else { "meta.timestamp" }));
     }
     Ok(Event::from(EventData {
-        event_type: EventType::new(&*wire.event_type.ok_or_else(|| missing("type"))?)?,
+        event_type: recent::event_type(&wire.event_type.ok_or_else(|| missing("type"))?)?,
         payload: bytes.slice_ref(payload.as_bytes()),
         meta,
         extra: wire.extra,
@@ -329,10 +342,10 @@ impl<'de> Deserialize<'de> for WireMeta {
                 while let Some(Name(name)) = map.next_key()? {
                     match &*name {
                         "id" => meta.id = text(&mut map)?.unwrap_or_default(),
-                        "timestamp" => meta.timestamp = text(&mut map)?.unwrap_or_default(),
-                        "source" => meta.source = text(&mut map)?,
+                        "timestamp" => meta.timestamp = shared(&mut map, Member::Timestamp)?.unwrap_or_default(),
+                        "source" => meta.source = shared(&mut map, Member::Source)?,
                         "schemaVersion" => meta.schema_version = map.next_value()?,
-                        "correlationId" => meta.correlation_id = text(&mut map)?,
+                        "correlationId" => meta.correlation_id = chain(&mut map, &meta.id)?,
                         "causationId" => meta.causation_id = text(&mut map)?,
                         "partitionKey" => meta.partition_key = text(&mut map)?,
                         "idempotencyKey" => meta.idempotency_key = text(&mut map)?,
@@ -341,7 +354,7 @@ impl<'de> Deserialize<'de> for WireMeta {
                         "userId" => meta.user_id = text(&mut map)?,
                         "organizationId" => meta.organization_id = text(&mut map)?,
                         "sessionId" => meta.session_id = text(&mut map)?,
-                        "instanceId" => meta.instance_id = text(&mut map)?,
+                        "instanceId" => meta.instance_id = shared(&mut map, Member::Instance)?,
                         "aggregate" => meta.aggregate = map.next_value::<Option<WireAggregate>>()?.map(Into::into),
                         "traceparent" => meta.traceparent = text(&mut map)?,
                         "tracestate" => meta.tracestate = text(&mut map)?,
@@ -358,6 +371,16 @@ impl<'de> Deserialize<'de> for WireMeta {
 
 fn text<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<Text>, A::Error> {
     Ok(map.next_value::<Option<Name>>()?.map(|Name(text)| text.into()))
+}
+
+fn shared<'de, A: MapAccess<'de>>(map: &mut A, member: Member) -> Result<Option<Text>, A::Error> {
+    Ok(map.next_value::<Option<Name>>()?.map(|Name(text)| recent::text(member, text)))
+}
+
+/// The id of a chain is that of the event itself where it begins.
+fn chain<'de, A: MapAccess<'de>>(map: &mut A, id: &Text) -> Result<Option<Text>, A::Error> {
+    let found = map.next_value::<Option<Name>>()?;
+    Ok(found.map(|Name(found)| if *found == **id { id.clone() } else { recent::text(Member::Correlation, found) }))
 }
 
 #[derive(serde::Deserialize)]

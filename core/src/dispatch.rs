@@ -26,7 +26,7 @@ use crate::delivery::{DeadReason, Delivery, Failure, Lease, Verdict};
 use crate::error::{ErrorKind, Result};
 use crate::event::{Event, Text};
 use crate::handler::{CancelReason, Handler, Outcome, Reporter};
-use crate::metrics::{Origin, Status};
+use crate::metrics::{Status, Tally};
 use crate::retry::{Jitter, RetryPolicy};
 use crate::subscription::{Counters, Wish};
 use crate::testkit::Faults;
@@ -108,6 +108,7 @@ struct Held {
     batches: Option<Batches>,
     /// What was taken last has to run alone: one at a time, so that nothing goes down with it if it ends its process.
     wary: bool,
+    tally: Tally,
 }
 
 type Settling = Task<(Vec<Settlement>, Result<Vec<Lease>>)>;
@@ -149,6 +150,7 @@ impl Dispatcher {
             if wish == Wish::Run {
                 self.launch(&mut held, &reporter);
             }
+            held.tally.enter(&self.counters.attempts);
             self.publish_gauges(&held);
             self.rest(&held);
             let room = self.room(&held);
@@ -229,6 +231,7 @@ impl Dispatcher {
             }
         }
         self.abandon(&mut held, CancelReason::Closing);
+        held.tally.enter(&self.counters.attempts);
         self.source.close().await;
         self.publish_gauges(&Held::default());
     }
@@ -276,7 +279,7 @@ impl Dispatcher {
             Verdict::DeadLetter { .. } => Status::DeadLettered,
             Verdict::Release | Verdict::Postpone { .. } => Status::Released,
         };
-        self.counters.attempts.change(Origin::of(&event), |attempts| attempts.ended(status, Some(busy)));
+        held.tally.ended(&self.counters.attempts, &event, status, Some(busy));
         held.unsettled.push(settlement);
     }
 

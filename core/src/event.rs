@@ -3,9 +3,10 @@
 //! Events are immutable and cheap to clone. The payload is JSON text that the core never reparses when it only
 //! forwards it: a 60-digit number arrives as it was written.
 
+use std::cell::RefCell;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use serde_json::value::RawValue;
@@ -124,7 +125,7 @@ pub struct Meta {
 impl Meta {
     /// Facts of a new event: a fresh id, the time `now`, itself as the start of its chain.
     pub fn new(now: SystemTime) -> Self {
-        let id: Text = uuid::Uuid::now_v7().as_hyphenated().encode_lower(&mut [0; 36]).to_owned().into();
+        let id: Text = Text::from(&*uuid::Uuid::now_v7().as_hyphenated().encode_lower(&mut [0; 36]));
         Self { correlation_id: Some(id.clone()), id, timestamp: timestamp(now), ..Self::default() }
     }
 
@@ -136,7 +137,20 @@ impl Meta {
 
 /// `now` as the wire writes it: `2026-11-21T08:00:00.123Z`.
 pub fn timestamp(now: SystemTime) -> Text {
-    humantime::format_rfc3339_millis(now).to_string().into()
+    thread_local! {
+        /// Many events are made within a millisecond.
+        static LAST: RefCell<(u128, Text)> = RefCell::new((0, "1970-01-01T00:00:00.000Z".into()));
+    }
+    let Ok(since) = now.duration_since(UNIX_EPOCH) else {
+        return humantime::format_rfc3339_millis(now).to_string().into();
+    };
+    LAST.with_borrow_mut(|(millis, text)| {
+        if *millis != since.as_millis() {
+            *text = humantime::format_rfc3339_millis(now).to_string().into();
+            *millis = since.as_millis();
+        }
+        text.clone()
+    })
 }
 
 /// An immutable event. Cloning shares it.

@@ -4,10 +4,39 @@
 //! `multiprocessing`, Celery prefork) gets its own. The parent's copy is leaked in the child, never dropped: its
 //! threads do not exist there, and joining them, or taking a lock that one of them held, would hang.
 
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::Once;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use crate::event::Text;
 use crate::lease::LeaseKeeper;
+
+/// 0: to be asked for.
+static ID: AtomicU32 = AtomicU32::new(0);
+
+/// The id of this process. Asking the system costs a system call, and a publish wants to know it eight times.
+fn id() -> u32 {
+    match ID.load(Ordering::Relaxed) {
+        0 => ask_id(),
+        known => known,
+    }
+}
+
+#[cold]
+fn ask_id() -> u32 {
+    static WATCHING: Once = Once::new();
+    // First: a fork from here on is noticed.
+    WATCHING.call_once(|| {
+        // SAFETY: the function lives as long as the program, and does nothing that is forbidden after fork.
+        unsafe { libc::pthread_atfork(None, None, Some(forget_id)) };
+    });
+    let id = std::process::id();
+    ID.store(id, Ordering::Relaxed);
+    id
+}
+
+extern "C" fn forget_id() {
+    ID.store(0, Ordering::Relaxed);
+}
 
 /// A value made anew in each process id that asks for it.
 pub struct PerProcess<T>(AtomicPtr<(u32, T)>);
@@ -29,7 +58,7 @@ impl<T> PerProcess<T> {
         // SAFETY: a non-null pointer comes from Box::into_raw in `get_or_init` and is freed only by `drop`, which
         // has `&mut self`.
         let (pid, value) = unsafe { self.0.load(Ordering::Acquire).as_ref() }?;
-        (*pid == std::process::id()).then_some(value)
+        (*pid == id()).then_some(value)
     }
 
     /// The value of the calling process, made by `init` if this process id has none. A parent's value is leaked.
@@ -38,7 +67,7 @@ impl<T> PerProcess<T> {
             return value;
         }
         let seen = self.0.load(Ordering::Acquire);
-        let made = Box::into_raw(Box::new((std::process::id(), init())));
+        let made = Box::into_raw(Box::new((id(), init())));
         match self.0.compare_exchange(seen, made, Ordering::AcqRel, Ordering::Acquire) {
             // SAFETY: as in `get`; what we just stored, or what another thread of this process stored first.
             Ok(_) => unsafe { &(*made).1 },
@@ -104,7 +133,7 @@ pub fn current() -> &'static Process {
 
 impl Process {
     fn new() -> Self {
-        let pid = std::process::id();
+        let pid = id();
         // fork copies the state of the random generator: without a new seed, parent and child would draw the same
         // lease tokens.
         fastrand::seed(std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), pid));

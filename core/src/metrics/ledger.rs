@@ -60,16 +60,17 @@ impl Origin {
         Self { source, event_type: event.event_type.text().clone() }
     }
 
+    fn is_of(&self, event: &Event) -> bool {
+        let source = event.meta.source.as_deref().unwrap_or_default();
+        self.event_type == *event.event_type.text() && *self.source == *source
+    }
+
     /// How many events have each origin; neighbours, mostly alike, are counted together.
     pub fn tally<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<(Self, u64)> {
         let mut tally: Vec<(Self, u64)> = Vec::new();
         for event in events {
-            let same = |origin: &Self| {
-                origin.event_type == *event.event_type.text()
-                    && event.meta.source.as_ref().is_some_and(|source| *source == origin.source)
-            };
             match tally.last_mut() {
-                Some((origin, count)) if same(origin) => *count += 1,
+                Some((origin, count)) if origin.is_of(event) => *count += 1,
                 _ => tally.push((Self::of(event), 1)),
             }
         }
@@ -130,6 +131,34 @@ impl Attempts {
             let seconds = busy.as_secs_f64();
             self.buckets[BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len())] += 1;
             self.busy += busy;
+        }
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.ended.iter_mut().zip(more.ended).for_each(|(sum, more)| *sum += more);
+        self.buckets.iter_mut().zip(more.buckets).for_each(|(sum, more)| *sum += more);
+        self.busy += more.busy;
+    }
+}
+
+/// Attempts on their way into a ledger: those of one origin follow each other, and are entered together.
+#[derive(Debug, Default)]
+pub(crate) struct Tally(Option<(Origin, Attempts)>);
+
+impl Tally {
+    /// Adds an attempt that ended; see [`Attempts::ended`].
+    pub fn ended(&mut self, ledger: &Ledger<Attempts>, event: &Event, status: Status, busy: Option<Duration>) {
+        if !self.0.as_ref().is_some_and(|(origin, _)| origin.is_of(event)) {
+            self.enter(ledger);
+        }
+        let (_, attempts) = self.0.get_or_insert_with(|| (Origin::of(event), Attempts::default()));
+        attempts.ended(status, busy);
+    }
+
+    /// Enters what was added.
+    pub fn enter(&mut self, ledger: &Ledger<Attempts>) {
+        if let Some((origin, more)) = self.0.take() {
+            ledger.change(origin, |attempts| attempts.add(&more));
         }
     }
 }

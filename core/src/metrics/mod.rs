@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::{Map, Value, json};
 
 use self::ledger::BOUNDS;
-pub(crate) use self::ledger::{Attempts, Ledger, Origin, Status};
+pub(crate) use self::ledger::{Attempts, Ledger, Origin, Status, Tally};
 use crate::bus::{Bus, SubscriptionStats};
 use crate::subscription::{Counters, Subscription};
 use crate::transport::GroupStats;

@@ -197,6 +197,15 @@ pub trait Transport: Send + Sync + 'static {
     /// was stored, `PublishUnknown` that it may have been.
     fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>>;
 
+    /// As [`Transport::publish`] of each event alone, in order, all at the same time.
+    fn publish_each(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Vec<Result<Receipt>>> {
+        let alone: Vec<_> = batch.into_iter().map(|outgoing| self.publish(vec![outgoing], timeout)).collect();
+        let receipt = |receipts: Result<Vec<Receipt>>| {
+            receipts?.pop().ok_or_else(|| Error::connection_failed("the store gave no receipt"))
+        };
+        Box::pin(async move { futures_util::future::join_all(alone).await.into_iter().map(receipt).collect() })
+    }
+
     /// Joins the group, making it at `spec.start` when it is new. Once this resolves every later publish is seen,
     /// whoever makes it.
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>>;

@@ -36,6 +36,13 @@ impl Room {
         Self { bytes, free: Arc::new(Semaphore::new(bytes)), when_full }
     }
 
+    /// Takes room for events that are published each for itself, if there is room for all of them now.
+    pub fn try_enter(&self, events: usize, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let weight = bytes.saturating_add(events.saturating_mul(ENTRY));
+        let weight = u32::try_from(weight).ok().filter(|weight| *weight as usize <= self.bytes)?;
+        self.free.clone().try_acquire_many_owned(weight).ok()
+    }
+
     /// Takes room for a batch, until the permit is dropped. A batch larger than all the room is alone in the queue.
     /// `BufferFull` at once, or when the deadline passed.
     pub async fn enter(&self, events: usize, bytes: usize, deadline: Instant) -> Result<OwnedSemaphorePermit> {

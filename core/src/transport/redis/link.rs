@@ -20,6 +20,7 @@ use super::fault::{self, Failure};
 use super::partition::lock;
 use super::scripts::{self, Script};
 use super::value;
+use super::wire::Wire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::retry::{Jitter, RetryPolicy};
 
@@ -72,7 +73,7 @@ impl Server {
         self: &Arc<Self>,
         key: &str,
         lost: impl Fn() + Send + Sync + 'static,
-    ) -> Result<MultiplexedConnection, Failure> {
+    ) -> Result<Connection, Failure> {
         let (server, key) = (self.clone(), key.to_owned());
         let reach = async move { server.reach(&key, lost).await };
         let reached = crate::process::current().runtime.spawn(tokio::time::timeout(CONNECT, reach));
@@ -85,29 +86,19 @@ impl Server {
         }
     }
 
-    async fn reach(
-        &self,
-        key: &str,
-        lost: impl Fn() + Send + Sync + 'static,
-    ) -> Result<MultiplexedConnection, Failure> {
+    async fn reach(&self, key: &str, lost: impl Fn() + Send + Sync + 'static) -> Result<Connection, Failure> {
         let place = self.place(key).await?;
-        let config = plain().set_push_sender(move |push: PushInfo| {
-            if push.kind == PushKind::Disconnection {
-                lost();
-            }
-            Ok::<(), redis::aio::SendError>(())
-        });
-        let mut connection = open(&self.address.server(&place)?, &config, &place).await?;
+        let mut connection = Connection::open(&self.address.server(&place)?, &place, lost).await?;
         if matches!(self.address.layout, Layout::Sentinel(_)) {
             // A sentinel may not have noticed yet that this one was demoted.
-            let role = value::list(ask(&mut connection, &redis::cmd("ROLE")).await?)?;
+            let role = value::list(connection.ask(&redis::cmd("ROLE")).await?)?;
             if role.into_iter().next().map(value::text).transpose()?.as_deref() != Some("master") {
                 return Err(
                     Error::connection_failed(format!("{}:{} is not the master any more", place.0, place.1)).into()
                 );
             }
         }
-        connection.req_packed_commands(&scripts::load(), 0, scripts::load().len()).await?;
+        connection.ask_all(&scripts::load()).await?;
         Ok(connection)
     }
 
@@ -212,19 +203,73 @@ fn plain() -> AsyncConnectionConfig {
 async fn open(
     client: &redis::Client,
     config: &AsyncConnectionConfig,
-    (host, port): &(String, u16),
+    place: &(String, u16),
 ) -> Result<MultiplexedConnection, Failure> {
-    client.get_multiplexed_async_connection_with_config(config).await.map_err(|cause| {
-        let mut failure = Failure::from(cause);
-        failure.unknown = false; // nothing but the greeting was sent
-        if failure.error.kind() == ErrorKind::ConnectionFailed && !failure.again {
-            let why = std::error::Error::source(&failure.error).map_or_else(String::new, |why| format!(" ({why})"));
-            failure.error = Error::connection_failed(format!(
-                "cannot connect to Redis at {host}:{port}{why}; check that it runs there, has room for clients (maxclients), and that the URL says whether it wants TLS"
-            ));
+    client.get_multiplexed_async_connection_with_config(config).await.map_err(|cause| unreachable(cause, place))
+}
+
+/// What went wrong while a connection was made.
+fn unreachable(cause: redis::RedisError, (host, port): &(String, u16)) -> Failure {
+    let mut failure = Failure::from(cause);
+    failure.unknown = false; // nothing but the greeting was sent
+    if failure.error.kind() == ErrorKind::ConnectionFailed && !failure.again {
+        let why = std::error::Error::source(&failure.error).map_or_else(String::new, |why| format!(" ({why})"));
+        failure.error = Error::connection_failed(format!(
+            "cannot connect to Redis at {host}:{port}{why}; check that it runs there, has room for clients (maxclients), and that the URL says whether it wants TLS"
+        ));
+    }
+    failure
+}
+
+/// A connection that is open: our own, or the library's where only that can do it (TLS).
+#[derive(Clone)]
+enum Connection {
+    Own(Wire),
+    Library(MultiplexedConnection),
+}
+
+impl Connection {
+    /// `lost` is called when the server has gone.
+    async fn open(
+        client: &redis::Client,
+        place: &(String, u16),
+        lost: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self, Failure> {
+        let lost = Arc::new(lost);
+        let gone = lost.clone();
+        let own = tokio::time::timeout(CONNECT, Wire::open(client, &plain(), move || gone())).await;
+        let own = own.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()));
+        if let Some(wire) = own.map_err(|cause| unreachable(cause, place))? {
+            return Ok(Self::Own(wire));
         }
-        failure
-    })
+        let config = plain().set_push_sender(move |push: PushInfo| {
+            if push.kind == PushKind::Disconnection {
+                lost();
+            }
+            Ok::<(), redis::aio::SendError>(())
+        });
+        Ok(Self::Library(open(client, &config, place).await?))
+    }
+
+    /// One command. Its refusal is an error.
+    async fn ask(&mut self, command: &Cmd) -> redis::RedisResult<Value> {
+        let wire = match self {
+            Self::Library(connection) => return ask(connection, command).await,
+            Self::Own(wire) => wire,
+        };
+        match wire.ask(&command.get_packed_command(), 1).await?.pop() {
+            Some(Value::ServerError(refusal)) => Err(refusal.into()),
+            answer => Ok(answer.unwrap_or(Value::Nil)),
+        }
+    }
+
+    /// Commands together. A refusal is an answer.
+    async fn ask_all(&mut self, commands: &Pipeline) -> redis::RedisResult<Vec<Value>> {
+        match self {
+            Self::Library(connection) => connection.req_packed_commands(commands, 0, commands.len()).await,
+            Self::Own(wire) => wire.ask(&commands.get_packed_pipeline(), commands.len()).await,
+        }
+    }
 }
 
 /// One command. The library hands a refusal of the server out as a value: here it is the error that it is.
@@ -249,7 +294,7 @@ pub(super) struct Link {
 
 #[derive(Clone)]
 struct Live {
-    connection: MultiplexedConnection,
+    connection: Connection,
     number: u64,
 }
 
@@ -351,12 +396,30 @@ impl Link {
         self.live(deadline).await.map(drop)
     }
 
+    /// The connection, if there is one that may be written to at once, and its number.
+    pub fn own(&self) -> Option<(Wire, u64)> {
+        match &*self.lock() {
+            Some(Live { connection: Connection::Own(wire), number }) => Some((wire.clone(), *number)),
+            _ => None,
+        }
+    }
+
+    /// The answers to what was written to [`Link::own`], as [`Link::run_all`] gives them.
+    pub fn answered(&self, number: u64, answers: redis::RedisResult<Vec<Value>>) -> Result<Vec<Value>, Failure> {
+        let answers = self.judge(number, Ok(answers.map_err(Failure::from)))?;
+        if answers.iter().any(fault::moved) {
+            self.drop_live(number);
+        }
+        Ok(answers)
+    }
+
     /// Drops the connection: what waits for an answer on it fails.
     pub fn cut(&self) {
         *self.lock() = None;
     }
 
-    fn drop_live(&self, number: u64) {
+    /// Drops it if it is still the one with this number.
+    pub fn drop_live(&self, number: u64) {
         drop(self.lock().take_if(|live| live.number == number));
     }
 
@@ -365,7 +428,7 @@ impl Link {
         loop {
             let live = self.live(deadline).await?;
             let mut connection = live.connection;
-            let answer = timeout_at(deadline, ask(&mut connection, command)).await;
+            let answer = timeout_at(deadline, connection.ask(command)).await;
             match self.judge(live.number, answer.map(|answer| Ok(answer?))) {
                 Err(failure) if failure.again && Instant::now() + AGAIN < deadline => tokio::time::sleep(AGAIN).await,
                 other => return other,
@@ -378,14 +441,11 @@ impl Link {
     pub async fn run_all(&self, commands: &Pipeline, deadline: Instant) -> Result<Vec<Value>, Failure> {
         let live = self.live(deadline).await?;
         let mut connection = live.connection;
-        let atomic = commands.is_transaction();
-        let (offset, count) = if atomic { (commands.len() + 1, 1) } else { (0, commands.len()) };
-        let answer = timeout_at(deadline, connection.req_packed_commands(commands, offset, count)).await;
-        let answers = self.judge(live.number, answer.map(|answer| Ok(answer?)))?;
-        if answers.iter().any(fault::moved) {
-            self.drop_live(live.number);
+        let answer = timeout_at(deadline, connection.ask_all(commands)).await;
+        match answer {
+            Ok(answers) => self.answered(live.number, answers),
+            Err(late) => self.judge(live.number, Err(late)),
         }
-        Ok(answers)
     }
 
     /// Runs a script.

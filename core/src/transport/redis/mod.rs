@@ -20,7 +20,9 @@
 mod address;
 mod broadcast;
 mod dead;
+mod direct;
 mod doorbell;
+mod each;
 mod fault;
 mod group;
 mod history;
@@ -36,11 +38,13 @@ mod partition;
 mod probe;
 mod publish;
 mod pubsub;
+mod resp;
 mod retention;
 mod scripts;
 mod settle;
 mod source;
 mod value;
+mod wire;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -131,7 +135,9 @@ impl Shared {
             let runtime = &crate::process::current().runtime;
             runtime.spawn(partition.clone().keep(limits.clone()));
             runtime.spawn(Doorbell::run(partition.clone()));
-            runtime.spawn(Publisher::run(partition.clone(), probe.confirm(wanted)));
+            let confirm = probe.confirm(wanted);
+            partition.publisher.direct.confirm.get_or_init(|| confirm);
+            runtime.spawn(Publisher::run(partition.clone(), confirm));
         }
         let room = Room::new(settings.publish_buffer_bytes, settings.when_full);
         Ok(Arc::new(Self {
@@ -180,6 +186,14 @@ impl Shared {
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
         publish::publish(&self.partitions, &self.room, batch, deadline, &self.settings).await
+    }
+
+    async fn publish_each(&self, batch: Vec<Outgoing>, timeout: Duration) -> Vec<Result<Receipt>> {
+        if let Err(closed) = self.check() {
+            return batch.iter().map(|_| Err(closed.clone())).collect();
+        }
+        let deadline = Instant::now() + timeout.min(FOR_EVER);
+        each::publish(&self.partitions, &self.room, batch, deadline, &self.settings).await
     }
 
     async fn close(&self) {
@@ -272,6 +286,14 @@ impl Transport for Redis {
 
     fn publish(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Result<Vec<Receipt>>> {
         task!(self, "publish", |shared| shared.publish(batch, timeout).await)
+    }
+
+    fn publish_each(&self, batch: Vec<Outgoing>, timeout: Duration) -> Task<Vec<Result<Receipt>>> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            let stored = shared.publish_each(batch, timeout).await;
+            stored.into_iter().map(|outcome| outcome.map_err(|cause| cause.during("publish"))).collect()
+        })
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {

@@ -15,6 +15,7 @@ use redis::{Cmd, Pipeline, Value};
 use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
+use super::direct::Direct;
 use super::fault::{self, Failure, strange};
 use super::keys::partition_of;
 use super::partition::{Partition, lock};
@@ -26,30 +27,49 @@ use crate::transport::room::Room;
 use crate::transport::{Confirm, Outgoing, Receipt, Settings, time};
 
 /// Before something is repeated that the server refused because it starts or fails over.
-const AGAIN: Duration = Duration::from_millis(50);
+pub(super) const AGAIN: Duration = Duration::from_millis(50);
 /// Events, and bytes of them, that one write carries at most.
 const MOST: usize = 5_000;
 const BYTES: usize = 8 << 20;
 /// What the storing task is given beyond a caller's deadline to say what is wrong.
 const GRACE: Duration = Duration::from_millis(100);
 
-struct Row {
-    index: usize,
+pub(super) struct Row {
+    pub index: usize,
     id: Text,
-    event_type: Text,
-    key: Option<Text>,
+    pub event_type: Text,
+    pub key: Option<Text>,
     /// The idempotency key, and how long it is remembered, in milliseconds.
     once: Option<(Text, i64)>,
-    bytes: Bytes,
+    pub bytes: Bytes,
     /// Milliseconds.
     delay: Option<i64>,
     expires_in: Option<i64>,
 }
 
+impl Row {
+    /// Where it goes, of so many. An idempotency key is remembered where its event is: it decides, unless a partition key
+    /// does.
+    pub fn partition(&self, count: usize) -> usize {
+        let key = self.key.as_ref().or_else(|| self.once.as_ref().map(|(key, _)| key));
+        partition_of(key.map(|key| &**key), count as u32) as usize
+    }
+
+    /// Whether a plain XADD stores it.
+    pub fn is_plain(&self) -> bool {
+        self.once.is_none() && self.delay.is_none() && self.expires_in.is_none()
+    }
+
+    /// Bytes of the event.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
 /// One caller's events for one partition: all or nothing.
-struct Job {
-    rows: Arc<Vec<Row>>,
-    deadline: Instant,
+pub(super) struct Job {
+    pub(super) rows: Arc<Vec<Row>>,
+    pub(super) deadline: Instant,
     state: Arc<AtomicU8>,
     _room: Arc<OwnedSemaphorePermit>,
     reply: oneshot::Sender<Result<Vec<Value>>>,
@@ -64,43 +84,69 @@ fn step(state: &AtomicU8, from: u8, to: u8) -> bool {
     state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
 }
 
-/// What waits to be stored in one partition.
-#[derive(Default)]
-pub(super) struct Publisher {
-    queue: Mutex<VecDeque<Job>>,
-    wanted: Notify,
+/// A job as its caller sees it.
+pub(super) struct Queued {
+    answer: oneshot::Receiver<Result<Vec<Value>>>,
+    state: Arc<AtomicU8>,
+    deadline: Instant,
 }
 
-impl Publisher {
-    /// Stores the rows, or says why not: whether nothing was stored, or perhaps all.
-    async fn store(
-        &self,
-        rows: Arc<Vec<Row>>,
-        room: Arc<OwnedSemaphorePermit>,
-        deadline: Instant,
-    ) -> Result<Vec<Value>> {
-        let (reply, answer) = oneshot::channel();
-        let state = Arc::new(AtomicU8::new(QUEUED));
-        lock(&self.queue).push_back(Job { rows, deadline, state: state.clone(), _room: room, reply });
-        self.wanted.notify_one();
-        match tokio::time::timeout_at(deadline + GRACE, answer).await {
+impl Queued {
+    /// The answers to its rows, or why there are none: whether nothing was stored, or perhaps all.
+    pub async fn stored(self, partition: &Partition) -> Result<Vec<Value>> {
+        match tokio::time::timeout_at(self.deadline + GRACE, self.answer).await {
             Ok(answer) => answer.unwrap_or_else(|_| Err(fault::closed())),
-            Err(_) if step(&state, QUEUED, GIVEN_UP) => Err(Error::new(
+            Err(_) if step(&self.state, QUEUED, GIVEN_UP) => Err(Error::new(
                 ErrorKind::PublishTimeout,
                 "the publish did not start in time and nothing was stored; the server is slow or far behind, try again",
             )),
             Err(_) => {
+                partition.publisher.give_up(partition);
                 let late = Error::connection_failed("Redis did not answer in time");
                 Err(explain(Failure { unknown: true, ..late.into() }))
             }
         }
+    }
+}
+
+/// What waits to be stored in one partition.
+#[derive(Default)]
+pub(super) struct Publisher {
+    queue: Mutex<VecDeque<Job>>,
+    pub(super) wanted: Notify,
+    pub(super) direct: Direct,
+}
+
+impl Publisher {
+    /// Queues jobs, each whole or not at all, in order and together.
+    pub fn queue(
+        &self,
+        partition: &Arc<Partition>,
+        jobs: impl Iterator<Item = Arc<Vec<Row>>>,
+        room: &Arc<OwnedSemaphorePermit>,
+        deadline: Instant,
+    ) -> Vec<Queued> {
+        let mut waiting = Vec::with_capacity(jobs.size_hint().0);
+        let jobs = jobs.map(|rows| {
+            let (reply, answer) = oneshot::channel();
+            let state = Arc::new(AtomicU8::new(QUEUED));
+            waiting.push(Queued { answer, state: state.clone(), deadline });
+            Job { rows, deadline, state, _room: room.clone(), reply }
+        });
+        lock(&self.queue).extend(jobs);
+        if !self.start(partition) {
+            self.wanted.notify_one();
+        }
+        waiting
     }
 
     /// Stores until the partition is closed.
     pub async fn run(partition: Arc<Partition>, confirm: Confirm) {
         let publisher = &partition.publisher;
         while !partition.is_closed() {
-            let Some(deadline) = publisher.earliest() else {
+            // Whoever ends a direct write goes on with what waits.
+            let idle = publisher.earliest().filter(|_| !publisher.direct.is_writing());
+            let Some(deadline) = idle else {
                 publisher.wanted.notified().await;
                 continue;
             };
@@ -109,9 +155,15 @@ impl Publisher {
                 publisher.refuse(&failure);
                 continue;
             }
-            let jobs = publisher.next();
-            if !jobs.is_empty() {
-                publisher.write(&partition, jobs, confirm).await;
+            if publisher.start(&partition) {
+                continue;
+            }
+            if publisher.direct.begin() {
+                let jobs = publisher.next();
+                if !jobs.is_empty() {
+                    publisher.write(&partition, jobs, confirm).await;
+                }
+                publisher.direct.end();
             }
         }
         lock(&publisher.queue).clear();
@@ -138,7 +190,7 @@ impl Publisher {
         }
     }
 
-    fn next(&self) -> Vec<Job> {
+    pub(super) fn next(&self) -> Vec<Job> {
         let mut queue = lock(&self.queue);
         let (mut jobs, mut count, mut bytes) = (Vec::new(), 0, 0);
         while count < MOST
@@ -171,11 +223,27 @@ impl Publisher {
                 commands.cmd("WAIT").arg(1).arg(patience(last));
             }
         }
-        let mut answers = match partition.publishing.run_all(&commands, last).await {
+        let answers = partition.publishing.run_all(&commands, last).await;
+        let again = self.hand_out(jobs, answers, confirm);
+        if !again.is_empty() {
+            tokio::time::sleep(AGAIN).await;
+            self.put_back(again);
+        }
+    }
+
+    /// Tells the callers what became of their jobs. Those that are to be tried again in a moment are left.
+    pub(super) fn hand_out(
+        &self,
+        jobs: Vec<Job>,
+        answers: Result<Vec<Value>, Failure>,
+        confirm: Confirm,
+    ) -> VecDeque<Job> {
+        let mut answers = match answers {
             Ok(answers) => answers.into_iter(),
             Err(failure) => {
                 let error = explain(failure);
-                return jobs.into_iter().for_each(|job| drop(job.reply.send(Err(error.clone()))));
+                jobs.into_iter().for_each(|job| drop(job.reply.send(Err(error.clone()))));
+                return VecDeque::new();
             }
         };
         let sorted: Vec<_> = jobs.iter().map(|job| sort(&mut answers, job.rows.len())).collect();
@@ -191,12 +259,17 @@ impl Publisher {
                 Ok(done) => drop(job.reply.send(confirmed.clone().map(|()| done))),
             }
         }
-        if !again.is_empty() {
-            tokio::time::sleep(AGAIN).await;
-            let mut queue = lock(&self.queue);
-            again.append(&mut queue);
-            *queue = again;
-        }
+        again
+    }
+
+    pub(super) fn put_back(&self, mut again: VecDeque<Job>) {
+        let mut queue = lock(&self.queue);
+        again.append(&mut queue);
+        *queue = again;
+    }
+
+    pub(super) fn has_waiting(&self) -> bool {
+        !lock(&self.queue).is_empty()
     }
 }
 
@@ -214,9 +287,7 @@ pub(super) async fn publish(
     for (index, outgoing) in batch.into_iter().enumerate() {
         let row = row(index, outgoing, settings)?;
         bytes += row.bytes.len();
-        // An idempotency key is remembered where its event is: it decides, unless a partition key does.
-        let key = row.key.as_ref().or_else(|| row.once.as_ref().map(|(key, _)| key));
-        parts[partition_of(key.map(|key| &**key), partitions.len() as u32) as usize].push(row);
+        parts[row.partition(partitions.len())].push(row);
     }
     let room = Arc::new(room.enter(count, bytes, deadline).await?);
     let (mut receipts, mut failures) = (vec![None; count], Vec::new());
@@ -229,10 +300,8 @@ pub(super) async fn publish(
     for (rows, stored) in futures_util::future::join_all(stored).await {
         match stored {
             Ok(stored) => {
-                for (row, Stored { position, first }) in rows.iter().zip(stored) {
-                    let duplicate = first.is_some();
-                    let id = first.unwrap_or_else(|| row.id.clone());
-                    receipts[row.index] = Some(Receipt { id, position, duplicate });
+                for (row, stored) in rows.iter().zip(stored) {
+                    receipts[row.index] = Some(stored.receipt(row));
                 }
             }
             Err(error) => failures.extend(rows.iter().map(|row| (row.index, error.clone()))),
@@ -250,7 +319,7 @@ pub(super) async fn publish(
     Err(Error::new(error.kind(), message).listing(failures))
 }
 
-fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing, settings: &Settings) -> Result<Row> {
+pub(super) fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing, settings: &Settings) -> Result<Row> {
     Ok(Row {
         index,
         id: event.meta.id.clone(),
@@ -263,10 +332,10 @@ fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing, settings: 
     })
 }
 
-fn command(partition: &Partition, row: &Row) -> Cmd {
+pub(super) fn command(partition: &Partition, row: &Row) -> Cmd {
     let keys = &partition.keys;
     let key = row.key.as_deref();
-    if row.once.is_none() && row.delay.is_none() && row.expires_in.is_none() {
+    if row.is_plain() {
         let mut add = redis::cmd("XADD");
         add.arg(&keys.events).arg("*").arg("t").arg(&*row.event_type).arg("e").arg(&row.bytes[..]);
         if let Some(key) = key {
@@ -291,43 +360,55 @@ fn command(partition: &Partition, row: &Row) -> Cmd {
 }
 
 /// Where an event is, or the one that was published before under its key, and that one's id.
-struct Stored {
+pub(super) struct Stored {
     position: Option<Text>,
     first: Option<Text>,
 }
 
+impl Stored {
+    /// Of this row.
+    pub fn receipt(self, row: &Row) -> Receipt {
+        let duplicate = self.first.is_some();
+        Receipt { id: self.first.unwrap_or_else(|| row.id.clone()), position: self.position, duplicate }
+    }
+}
+
 /// Stores what belongs to one partition. What became of each, in order.
-async fn store(
-    partition: &Partition,
+pub(super) async fn store(
+    partition: &Arc<Partition>,
     rows: Arc<Vec<Row>>,
     room: Arc<OwnedSemaphorePermit>,
     deadline: Instant,
     several: bool,
 ) -> Result<Vec<Stored>> {
-    let answers = partition.publisher.store(rows, room, deadline).await?;
-    let stored = |answer: Value| -> Result<Stored> {
-        let mut first = None;
-        let id = match answer {
-            Value::Array(parts) => {
-                let mut parts = parts.into_iter();
-                let (id, due) = (parts.next(), parts.next());
-                if let Some(due @ 1..) = due.map(value::number).transpose()? {
-                    partition.delayed_until(due);
-                }
-                first = parts.next().map(value::text).transpose()?.filter(|id| !id.is_empty());
-                id.unwrap_or(Value::Nil)
+    let mut queued = partition.publisher.queue(partition, std::iter::once(rows), &room, deadline);
+    drop(room);
+    let Some(queued) = queued.pop() else { return Err(strange("no job")) };
+    queued.stored(partition).await?.into_iter().map(|answer| stored(partition, answer, several)).collect()
+}
+
+/// What one row's answer says.
+pub(super) fn stored(partition: &Partition, answer: Value, several: bool) -> Result<Stored> {
+    let mut first = None;
+    let id = match answer {
+        Value::Array(parts) => {
+            let mut parts = parts.into_iter();
+            let (id, due) = (parts.next(), parts.next());
+            if let Some(due @ 1..) = due.map(value::number).transpose()? {
+                partition.delayed_until(due);
             }
-            answer => answer,
-        };
-        let id = value::text(id)?;
-        let position = match several {
-            _ if id.is_empty() => None,
-            true => Some(format!("{}:{id}", partition.number).into()),
-            false => Some(id.into()),
-        };
-        Ok(Stored { position, first: first.map(Into::into) })
+            first = parts.next().map(value::text).transpose()?.filter(|id| !id.is_empty());
+            id.unwrap_or(Value::Nil)
+        }
+        answer => answer,
     };
-    answers.into_iter().map(stored).collect()
+    let id = value::text(id)?;
+    let position = match several {
+        _ if id.is_empty() => None,
+        true => Some(format!("{}:{id}", partition.number).into()),
+        false => Some(id.into()),
+    };
+    Ok(Stored { position, first: first.map(Into::into) })
 }
 
 fn add(commands: &mut Pipeline, partition: &Partition, rows: &[Row]) {
@@ -383,7 +464,7 @@ fn confirmed(answer: Option<Value>, confirm: Confirm) -> Result<()> {
 
 /// What the server may wait, in milliseconds. Its answer must come before our own deadline, at which the connection would
 /// be given up, and it looks at its clock ten times a second.
-fn patience(deadline: Instant) -> u64 {
+pub(super) fn patience(deadline: Instant) -> u64 {
     let left = deadline.saturating_duration_since(Instant::now());
     (left.as_millis() as u64).saturating_sub(200).max(1)
 }
