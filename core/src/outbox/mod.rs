@@ -6,9 +6,11 @@
 //!
 //! - [`dialect`]: which database, and how its driver writes placeholders;
 //! - [`statement`]: SQL text with its parameters, and the writer that keeps the two together;
-//! - [`table`]: validated names, the tables' DDL, and how a missing or older table is told.
+//! - [`table`]: validated names, the tables' DDL, and how a missing or older table is told;
+//! - [`relay`]: carries the events from the table to a bus.
 
 pub mod dialect;
+pub mod relay;
 pub mod statement;
 pub mod table;
 
