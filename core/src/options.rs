@@ -3,6 +3,7 @@
 //! They arrive from other languages as one JSON object with `snake_case` names and durations in milliseconds (`_ms`);
 //! [`Naming`] turns these names back into the caller's own for messages.
 
+mod outbox;
 mod reader;
 
 use std::time::{Duration, SystemTime};
