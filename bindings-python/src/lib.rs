@@ -8,6 +8,7 @@ mod json;
 mod event;
 mod history;
 mod options;
+mod outbox;
 mod log;
 mod bridge;
 mod dead_letter;
@@ -40,6 +41,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<history::PyReplay>()?;
     module.add_class::<dead_letter::PyDeadLetter>()?;
     module.add_class::<dead_letter::PyFailure>()?;
+    module.add_class::<outbox::PyOutbox>()?;
+    module.add_class::<outbox::PyInsert>()?;
+    module.add_class::<outbox::PyInbox>()?;
     module.add_class::<bridge::Bridge>()?;
     module.add_class::<bridge::Operation>()?;
     module.add_class::<bridge::Reporter>()?;

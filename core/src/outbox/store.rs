@@ -67,6 +67,11 @@ pub struct Insert {
 }
 
 impl Insert {
+    /// The ids of the events, in the order given.
+    pub fn ids(&self) -> &[Text] {
+        &self.ids
+    }
+
     /// Whether each event was stored (`true`) or absorbed, in the order given, by the ids that the database returned.
     pub fn stored<'a>(&self, returned: impl IntoIterator<Item = &'a str>) -> Vec<bool> {
         let mut left: HashMap<&str, usize> = HashMap::new();
