@@ -117,6 +117,9 @@ export declare function checkPublishOptions(json: string): boolean | null
 /** Checks a retry policy; throws `InvalidConfig`. */
 export declare function checkRetryPolicy(policy: string): void
 
+/** Runs the command `polybus` with these arguments, the program's name first. Returns its exit code when it has ended. */
+export declare function cli(args: Array<string>): number
+
 /** URL and options, as JSON, from the environment, given as a JSON object of its variables. */
 export declare function configFromEnv(variables: string): string
 

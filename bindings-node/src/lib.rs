@@ -17,3 +17,9 @@ use napi_derive::napi;
 pub fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
+
+/// Runs the command `polybus` with these arguments, the program's name first. Returns its exit code when it has ended.
+#[napi]
+pub fn cli(args: Vec<String>) -> i32 {
+    polybus_core::cli::run(args)
+}

@@ -3,9 +3,8 @@
  *
  * @module
  */
-import { AsyncLocalStorage } from 'node:async_hooks'
 import { Batch, type Draft, eventsOf, type PublishOptions } from './batch.js'
-import { type BatchHandler, bridge, type Handler, type Logger, type Runner, run } from './bridge.js'
+import { type BatchHandler, bridge, type Handler, type Logger, run } from './bridge.js'
 import { DeadLetters } from './dead-letters.js'
 import { reloads } from './development.js'
 import { call, DuplicateSubscription, InvalidConfig, InvalidEvent } from './errors.js'
@@ -20,10 +19,8 @@ import {
   replayAll,
 } from './history.js'
 import { describe, describeValue, optionsText } from './json.js'
-import type { Answering, Live, Registration } from './live.js'
 import {
   added,
-  around,
   checkMiddleware,
   type HandleMiddleware,
   type PublishMiddleware,
@@ -39,10 +36,11 @@ import {
   Events,
   type EventsOptions,
   type SubscribeOptions,
-  Subscription,
+  type Subscription,
   takesBatches,
   type WithBatch,
 } from './subscription.js'
+import { type Registration, Subscriptions } from './subscriptions.js'
 import { handleNow, isSync } from './sync.js'
 import type { BusStats, Guarantees, Receipt } from './views.js'
 
@@ -54,9 +52,6 @@ const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
 
 /** The bound object of a bus, for the test kit. */
 export let nativeOf: (bus: Bus<any>) => InstanceType<typeof native.NativeBus>
-
-/** The bus whose handler is running: for `close` from inside one. */
-const inside = new AsyncLocalStorage<Bus<any>>()
 
 /**
  * An event bus. Nothing is opened until it is used.
@@ -72,11 +67,9 @@ export class Bus<E extends object = AnyEvents> {
   readonly #registered: Registration[] = []
   /** Subscriptions that {@link Bus.on} makes on a running bus; publish waits for them. */
   readonly #late = new Set<Promise<unknown>>()
-  readonly #live = new Set<Live>()
-  #handling: readonly HandleMiddleware[] = []
+  readonly #subscriptions: Subscriptions
   #publishing: readonly PublishMiddleware[] = []
   #running = false
-  #held = true
   /** Dead letters: list, get, replay, purge, count. */
   readonly deadLetters: DeadLetters
 
@@ -104,6 +97,7 @@ export class Bus<E extends object = AnyEvents> {
     if (logger !== undefined) bridge().setLogger(this, logger)
     this.#sync = this.#native.isSync
     this.#replaces = this.#native.replaces ?? reloads()
+    this.#subscriptions = new Subscriptions(this.#native, this.#replaces)
     this.deadLetters = new DeadLetters((what, query) => run((key) => this.#native[what](key, query)))
   }
 
@@ -188,10 +182,10 @@ export class Bus<E extends object = AnyEvents> {
     checkTimeout(timeoutMs)
     this.#running = false
     const closing = run((key) => this.#native.close(key, timeoutMs)).then(() => {
-      for (const live of [...this.#live]) live.ended()
+      this.#subscriptions.end()
       bridge().setLogger(this, undefined)
     })
-    if (inside.getStore() === this) return
+    if (this.#subscriptions.inHandler) return
     await closing
   }
 
@@ -236,12 +230,14 @@ export class Bus<E extends object = AnyEvents> {
 
   #begin(registration: Registration): Promise<unknown> {
     const { pattern, handler, options } = registration
-    registration.subscribed ??= this.#subscribe(pattern, handler, options, () => {
-      registration.subscribed = undefined
-    }).catch((error) => {
-      registration.subscribed = undefined
-      throw error
-    })
+    registration.subscribed ??= this.#subscriptions
+      .make(pattern, handler, options, () => {
+        registration.subscribed = undefined
+      })
+      .catch((error) => {
+        registration.subscribed = undefined
+        throw error
+      })
     return registration.subscribed
   }
 
@@ -258,16 +254,9 @@ export class Bus<E extends object = AnyEvents> {
     if (checkMiddleware(middleware, options) === 'publish') {
       this.#publishing = added(this.#publishing, middleware as PublishMiddleware, this.#replaces)
     } else {
-      this.#handling = added(this.#handling, middleware as HandleMiddleware, this.#replaces)
-      for (const live of this.#live) live.runner.handler = this.#wired(live.handler, live.runner.takesBatches)
+      this.#subscriptions.use(middleware as HandleMiddleware)
     }
     return this
-  }
-
-  /** What the bridge calls for each event, or for each batch, which middleware does not see. */
-  #wired(handler: Handler, batches: boolean): Runner['handler'] {
-    const whole = batches || this.#handling.length === 0 ? handler : around(this.#handling, handler)
-    return (given, context) => inside.run(this, whole, given, context)
   }
 
   /** Joins a group. Once this resolves every later publish is seen, whoever makes it. */
@@ -277,7 +266,7 @@ export class Bus<E extends object = AnyEvents> {
   subscribe<T = any>(pattern: string, handler: Handler<T>, options?: SubscribeOptions): Promise<Subscription>
   async subscribe(pattern: string, handler: Handler | BatchHandler, options?: SubscribeOptions): Promise<Subscription> {
     const checked = this.#check(pattern, handler, options)
-    return await this.#subscribe(checked.pattern, checked.handler, checked.options)
+    return await this.#subscriptions.make(checked.pattern, checked.handler, checked.options)
   }
 
   #check(
@@ -303,86 +292,6 @@ export class Bus<E extends object = AnyEvents> {
     }
     call(() => bridge().native.checkSubscription(pattern, optionsText(options, 'subscription')))
     return { pattern, handler: handler as Handler, options, name: options.name }
-  }
-
-  async #subscribe(
-    pattern: string,
-    handler: Handler,
-    options: SubscribeOptions,
-    onEnd?: () => void,
-    replaceable = true,
-  ): Promise<Subscription> {
-    const home = bridge()
-    const text = optionsText(options, 'subscription')
-    // Again after each wait: others may have wanted the name meanwhile, and the last one gets it.
-    const inTheWay = () => (replaceable ? this.#inTheWay(options.name as string) : undefined)
-    for (let old = inTheWay(); old !== undefined; old = inTheWay()) {
-      const { made, ended, runner } = old
-      if (old.pattern === pattern && old.options === text) {
-        old.handler = handler
-        runner.handler = this.#wired(handler, runner.takesBatches)
-        if (typeof options.idempotent === 'function') runner.key = options.idempotent
-        old.onEnd = onEnd
-        return await made
-      }
-      await made.catch(() => undefined)
-      if (this.#live.has(old)) await run((key) => home.native.drain(key, runner.id, DRAIN_MS)).then(ended)
-    }
-    const answers = (options as Answering).respond === true
-    const batches = takesBatches(options)
-    const runner = home.runner(options.name as string, this.#wired(handler, batches), answers, batches)
-    if (typeof options.idempotent === 'function') runner.key = options.idempotent
-    const live: Live = {
-      runner,
-      handler,
-      pattern,
-      options: text,
-      replaceable,
-      made: undefined as never,
-      onEnd,
-      holds: this.#held,
-      ended: () => {
-        if (!this.#live.delete(live)) return
-        home.ended(runner)
-        if (live.holds) home.release()
-        live.onEnd?.()
-      },
-    }
-    this.#live.add(live)
-    if (live.holds) home.hold()
-    live.made = this.#make(live, text)
-    return await live.made
-  }
-
-  /** The subscription that has this name, or is being made, and may lose it. */
-  #inTheWay(name: string): Live | undefined {
-    if (!this.#replaces) return undefined
-    return [...this.#live].find(({ runner, replaceable }) => replaceable && runner.name === name)
-  }
-
-  async #make(live: Live, options: string): Promise<Subscription> {
-    const home = bridge()
-    const { runner, pattern } = live
-    try {
-      const facts = JSON.parse(await run((key) => this.#native.subscribe(key, runner.id, pattern, options)))
-      runner.group = facts.group
-      runner.timeoutMs = facts.timeoutMs
-      return new Subscription(facts, {
-        pause: () => home.native.pause(runner.id),
-        resume: () => home.native.resume(runner.id),
-        drain: async (given) => {
-          const timeoutMs = (typeof given === 'object' ? given.timeoutMs : given) ?? DRAIN_MS
-          checkTimeout(timeoutMs)
-          const drained = run((key) => home.native.drain(key, runner.id, timeoutMs)).then(live.ended)
-          if (inside.getStore() === this) return
-          await drained
-        },
-        stats: async () => JSON.parse(await run((key) => this.#native.subscriptionStats(key, runner.id))),
-      })
-    } catch (error) {
-      live.ended()
-      throw error
-    }
   }
 
   /**
@@ -482,8 +391,8 @@ export class Bus<E extends object = AnyEvents> {
     batch.release()
     const [cut, names]: [Cut, string[]] = JSON.parse(text)
     for (const name of names) {
-      const found = [...this.#live].find(({ runner }) => runner.name === name && runner.group !== '')
-      if (found !== undefined) await handleNow(found.runner, uncutDelivered(cut, found.runner.group))
+      const runner = this.#subscriptions.runner(name)
+      if (runner !== undefined) await handleNow(runner, uncutDelivered(cut, runner.group))
     }
     return { id: uncut(cut).meta.id }
   }
@@ -502,7 +411,7 @@ export class Bus<E extends object = AnyEvents> {
     }
     const checked = this.#check(pattern, () => {}, { name: `events:${pattern}`, concurrency: 1, ...given })
     const events: Events = new Events((handler) =>
-      this.#subscribe(pattern, handler, checked.options, () => events.end(), false),
+      this.#subscriptions.make(pattern, handler, checked.options, () => events.end(), false),
     )
     return events
   }
@@ -543,7 +452,7 @@ export class Bus<E extends object = AnyEvents> {
   async respond(pattern: string, first: SubscribeOptions | Handler, second?: Handler): Promise<Subscription> {
     const [options, handler] = typeof first === 'function' ? [second ?? {}, first] : [first, second]
     const checked = this.#check(pattern, handler, { ...options, respond: true })
-    return await this.#subscribe(checked.pattern, checked.handler, checked.options)
+    return await this.#subscriptions.make(checked.pattern, checked.handler, checked.options)
   }
 
   /** What holds on the live store. */
@@ -604,21 +513,13 @@ export class Bus<E extends object = AnyEvents> {
 
   /** Lets the process end while subscriptions are active. */
   unref(): this {
-    this.#held = false
-    for (const live of this.#live) {
-      if (live.holds) bridge().release()
-      live.holds = false
-    }
+    this.#subscriptions.hold(false)
     return this
   }
 
   /** Subscriptions keep the process alive; this is the default. */
   ref(): this {
-    this.#held = true
-    for (const live of this.#live) {
-      if (!live.holds) bridge().hold()
-      live.holds = true
-    }
+    this.#subscriptions.hold(true)
     return this
   }
 }

@@ -53,6 +53,8 @@ export interface SubscribeOptions {
   ordered?: boolean
   /** Keep what cannot be handled; otherwise it is logged, counted and dropped. Default true. */
   deadLetter?: boolean
+  /** Keep what expires before a handler got it, too; otherwise it is dropped and counted as `expired`. Default false. */
+  deadLetterExpired?: boolean
   /** Stop taking while the handler keeps failing; `true` for the defaults. Default none. */
   breaker?: BreakerOptions | boolean
   /** The handler takes an array of events; {@link BatchFailed} fails some of them. `true` for the defaults. */
@@ -72,8 +74,6 @@ export type WithBatch = SubscribeOptions & { batch: BatchOptions | true }
 /** Whether these are the options of a handler of batches. */
 export function takesBatches({ batch = false }: SubscribeOptions): boolean {
   return batch !== false && batch !== null
-  /** Keep what expires before a handler got it, too; otherwise it is dropped and counted as `expired`. Default false. */
-  deadLetterExpired?: boolean
 }
 
 /** Numbers of one subscription: its group's on the live store, then this process's own since it began. */

@@ -8,6 +8,7 @@ mod json;
 mod event;
 mod history;
 mod options;
+mod outbox;
 mod log;
 mod bridge;
 mod dead_letter;
@@ -17,6 +18,12 @@ mod bus;
 #[pyfunction]
 fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
+}
+
+/// Runs the command `polybus` with these arguments, the program's name first. Returns its exit code.
+#[pyfunction]
+fn cli(py: Python<'_>, args: Vec<String>) -> i32 {
+    py.detach(|| polybus_core::cli::run(args))
 }
 
 /// The module `polybus._native`.
@@ -34,6 +41,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<history::PyReplay>()?;
     module.add_class::<dead_letter::PyDeadLetter>()?;
     module.add_class::<dead_letter::PyFailure>()?;
+    module.add_class::<outbox::PyOutbox>()?;
+    module.add_class::<outbox::PyInsert>()?;
+    module.add_class::<outbox::PyInbox>()?;
     module.add_class::<bridge::Bridge>()?;
     module.add_class::<bridge::Operation>()?;
     module.add_class::<bridge::Reporter>()?;
@@ -44,6 +54,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(options::options_from_dict, module)?)?;
     module.add_function(wrap_pyfunction!(options::options_from_env, module)?)?;
     module.add_function(wrap_pyfunction!(options::options_from_file, module)?)?;
+    module.add_function(wrap_pyfunction!(cli, module)?)?;
     module.add_function(wrap_pyfunction!(version, module)?)
 }
 

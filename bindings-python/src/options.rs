@@ -141,6 +141,11 @@ pub const REPLAY: Options = Options {
     ],
 };
 
+pub const OUTBOX: Options =
+    Options { what: "Outbox()", known: &[("table", Plain), ("service", Plain), ("max_payload_bytes", Plain)] };
+
+pub const INBOX: Options = Options { what: "Inbox()", known: &[("table", Plain)] };
+
 const RETRY: Options = Options {
     what: "RetryPolicy()",
     known: &[

@@ -9,6 +9,7 @@
 mod batch;
 pub mod breaker;
 pub mod bus;
+pub mod cli;
 pub mod clock;
 pub mod codec;
 pub mod config;

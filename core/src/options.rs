@@ -3,6 +3,7 @@
 //! They arrive from other languages as one JSON object with `snake_case` names and durations in milliseconds (`_ms`);
 //! [`Naming`] turns these names back into the caller's own for messages.
 
+mod outbox;
 mod reader;
 
 use std::time::{Duration, SystemTime};
@@ -153,10 +154,8 @@ impl BusOptions {
     pub fn from_json(json: &str, naming: Naming) -> Result<Self> {
         let mut from = Reader::new("bus", json, naming)?;
         let service = from.string("service")?;
-        let Some(service) = service else {
-            return Err(Error::invalid_config("service is missing: name the service, like service=\"shop\""));
-        };
-        let base = Self::new(check_name("service", &service)?);
+        let missing = service.is_none();
+        let base = Self::new(service.map_or(Ok(String::new()), |service| check_name("service", &service))?);
         let options = Self {
             bus: check_name("bus", &from.string("bus")?.unwrap_or(base.bus))?,
             mode: from.word("mode", &MODES)?.unwrap_or_default(),
@@ -186,7 +185,10 @@ impl BusOptions {
             virtual_clock: from.boolean("virtual_clock")?.unwrap_or(false),
             service: base.service,
         };
-        from.finish()?;
+        from.finish()?; // first, because a misspelt service is named there
+        if missing {
+            return Err(Error::invalid_config("service is missing: name the service, like service=\"shop\""));
+        }
         Ok(options)
     }
 

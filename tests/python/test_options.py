@@ -136,6 +136,8 @@ def test_from_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             Bus.from_config(wrong)
     with pytest.raises(InvalidConfig, match="did you mean lease"):
         Bus.from_config({"service": "a", "leese": 3})
+    with pytest.raises(InvalidConfig, match="did you mean service"):
+        Bus.from_config({"servce": "a"})
     file.write_text("service: [")
     for path in (file, tmp_path / "none.json"):
         with pytest.raises(InvalidConfig):

@@ -10,16 +10,16 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from polybus import _development, _handlers, _log, _native, _runtime, history
+from polybus import _development, _handlers, _log, _native, _runtime
 from polybus._batches import BatchLoopHandler, BatchThreadHandler, takes_batches
 from polybus._handlers import HandBack, Handler, LoopHandler, ThreadHandler, ThreadPool
+from polybus._look import Looks
 from polybus._native import Event, Receipt
 from polybus._requests import Requests
 from polybus._use import Uses
-from polybus._views import Guarantees, HistoryEntry, ReplayResult, SubscriptionStats
 from polybus.dead_letters import DeadLetters
 from polybus.errors import DuplicateSubscription, HandlerError, HandlerTimeout, InvalidConfig, Unsupported
 from polybus.subscription import Subscription
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from polybus._log import AnyLogger
     from polybus._options import BusOptions, MetaOptions, Mode, Seconds, SubscribeOptions
     from polybus.blocking import Blocking
-    from polybus.history import Progress
 
 _shared: dict[object, Any] = {}
 _shared_lock = threading.Lock()
@@ -40,7 +39,7 @@ H = TypeVar("H", bound=Callable[..., object])
 __all__ = ["Bus"]
 
 
-class Bus(Uses, Requests):
+class Bus(Uses, Requests, Looks):
     """An event bus. Making one opens nothing, so it may stand at the top of a module.
 
     One bus may be used from several event loops and threads, and in a forked child, which connects anew and has no
@@ -552,78 +551,6 @@ class Bus(Uses, Requests):
                 if not future.done():
                     future.set_exception(HandBack())
             await subscription.unsubscribe(0)
-
-    # ---- look ----
-
-    async def guarantees(self) -> Guarantees:
-        """What holds on the live store: durability as measured, ordering, what the transport can do."""
-        guarantees: Guarantees = await _runtime.run(self._native.guarantees())
-        return guarantees
-
-    async def stats(self) -> dict[str, SubscriptionStats]:
-        """The numbers of each subscription of this process, by name."""
-        stats: dict[str, SubscriptionStats] = await _runtime.run(self._native.stats())
-        return stats
-
-    def metrics(self) -> str:
-        """What this process did and what its groups have to do, as Prometheus text (`text/plain; version=0.0.4`).
-
-        Waits for nothing. What only the store knows (`polybus_group_…`) is counted in the background when somebody
-        asks, and shown the next time. `polybus.prometheus.register` hands all of it to `prometheus_client`.
-        """
-        return self._native.metrics()
-
-    @property
-    def subscriptions(self) -> list[Subscription]:
-        """Those that run in this process."""
-        return [subscription for subscription in self._subscriptions.values() if subscription.active]
-
-    async def history(
-        self,
-        pattern: str = "*",
-        since: datetime | float | None = None,
-        until: datetime | float | None = None,
-        limit: int = 100,
-        after: str | None = None,
-        records: bool = False,
-    ) -> list[HistoryEntry]:
-        """A page of the log in publish order: at most `limit` matching events, those after the position `after`.
-
-        `since` (inclusive) and `until` (exclusive) are when an event entered the log: a datetime, or seconds since
-        1970. With `records`, each entry tells what every group did with the event. The log goes back as far as the
-        retention. Errors: `InvalidPattern`; `InvalidConfig` for a text that is no position, a limit of 0, or since
-        after until; `BusClosed`, `ConnectionFailed`, and `Unsupported` where nothing is kept.
-        """
-        given = {"pattern": pattern, "since": since, "until": until, "limit": limit, "after": after, "records": records}
-        entries: list[HistoryEntry] = await _runtime.run(self._native.history(given))
-        return entries
-
-    async def replay(
-        self,
-        pattern: str = "*",
-        *,
-        group: str,
-        since: datetime | float | None = None,
-        until: datetime | float | None = None,
-        after: str | None = None,
-        limit: int | None = None,
-        progress: Progress | None = None,
-    ) -> ReplayResult:
-        """Hand matching events of the log to one group again: the same events, attempts from 1.
-
-        No other group sees them. It goes over what the group had been given when the call began, and leaves alone what
-        the group still has to do and what its own pattern does not match. In batches, each atomic; `progress` (a
-        function, also async) is told after each, and what it raises ends the replay there. To go on after an
-        interruption or a `limit`, give the last result's position as `after`. Errors: `NotFound` for an unknown group,
-        and those of `history`.
-        """
-        given = {"pattern": pattern, "since": since, "until": until, "group": group, "after": after, "limit": limit}
-        return await history.run(self, given, progress)
-
-    async def delete_group(self, group: str) -> bool:
-        """Forget a durable group, what it had not finished and its dead letters. Returns whether it existed."""
-        existed: bool = await _runtime.run(self._native.delete_group(group))
-        return existed
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} service={self.service!r}>"

@@ -10,7 +10,7 @@ from polybus import _native, _runtime
 from polybus._views import HistoryEntry, Record, ReplayResult
 
 if TYPE_CHECKING:
-    from polybus.bus import Bus
+    from polybus._look import Looks
 
 __all__ = ["HistoryEntry", "Progress", "Record", "ReplayResult"]
 
@@ -24,7 +24,7 @@ def check(progress: object) -> None:
         raise TypeError(f"progress is a {type(progress).__qualname__}; give a function of one ReplayResult")
 
 
-async def run(bus: Bus, given: dict[str, Any], progress: Progress | None) -> ReplayResult:
+async def run(bus: Looks, given: dict[str, Any], progress: Progress | None) -> ReplayResult:
     """Take all batches, and tell `progress` of each between two of them."""
     check(progress)
     replay = bus._native.replay(given)

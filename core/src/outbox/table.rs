@@ -66,6 +66,21 @@ impl Table {
         Ok(Self { schema: schema.map(str::to_owned), name: name.to_owned() })
     }
 
+    /// The name without its schema.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The schema, if one was given.
+    pub fn schema(&self) -> Option<&str> {
+        self.schema.as_deref()
+    }
+
+    /// The name as it was given.
+    pub fn full(&self) -> String {
+        self.schema.as_ref().map_or_else(|| self.name.clone(), |schema| format!("{schema}.{}", self.name))
+    }
+
     /// The name quoted for statements.
     pub fn quoted(&self, dialect: Dialect) -> String {
         let name = dialect.quote(&self.name);
@@ -217,7 +232,7 @@ impl Table {
 
     /// What to raise when the check failed, or when a statement failed for want of the table or of a column.
     pub fn missing(&self, dialect: Dialect, whose: &str) -> Error {
-        let full = self.schema.as_ref().map_or_else(|| self.name.clone(), |schema| format!("{schema}.{}", self.name));
+        let full = self.full();
         Error::invalid_config(format!(
             "the table {full} is missing in this database, or of another version; run the statements of {whose}.ddl({:?})",
             dialect.name()
