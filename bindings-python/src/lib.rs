@@ -9,6 +9,7 @@ mod event;
 mod history;
 mod options;
 mod outbox;
+mod relay;
 mod log;
 mod bridge;
 mod dead_letter;
@@ -44,6 +45,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<outbox::PyOutbox>()?;
     module.add_class::<outbox::PyInsert>()?;
     module.add_class::<outbox::PyInbox>()?;
+    module.add_class::<relay::PyRelay>()?;
     module.add_class::<bridge::Bridge>()?;
     module.add_class::<bridge::Operation>()?;
     module.add_class::<bridge::Reporter>()?;

@@ -13,9 +13,9 @@ use crate::event::PyEvent;
 use crate::options;
 
 /// `(sql, params)`: a dict for named placeholders, a tuple for all others.
-type Sql = (String, Py<PyAny>);
+pub(crate) type Sql = (String, Py<PyAny>);
 
-fn sql(py: Python<'_>, statement: &Statement, style: Style) -> PyResult<Sql> {
+pub(crate) fn sql(py: Python<'_>, statement: &Statement, style: Style) -> PyResult<Sql> {
     let value = |param: &Param| match param {
         Param::Null => Ok(py.None()),
         Param::Integer(number) => Ok(number.into_pyobject(py)?.into_any().unbind()),

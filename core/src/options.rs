@@ -5,6 +5,7 @@
 
 mod outbox;
 mod reader;
+mod relay;
 
 use std::time::{Duration, SystemTime};
 

@@ -11,8 +11,19 @@ No driver is imported here: whoever hands in a connection has imported its drive
 
 from polybus.outbox._inbox import Inbox
 from polybus.outbox._store import Outbox, Statement
+from polybus.outbox.relay import DeadRow, Relay, RelayBatch, RelayHealth, RelayStats
 
-__all__ = ["Inbox", "Outbox", "Statement", "inbox"]
+__all__ = [
+    "DeadRow",
+    "Inbox",
+    "Outbox",
+    "Relay",
+    "RelayBatch",
+    "RelayHealth",
+    "RelayStats",
+    "Statement",
+    "inbox",
+]
 
 inbox = Inbox()
 """The inbox in the table `polybus_inbox`."""

@@ -25,6 +25,8 @@ pub enum Question {
     Run(Statement),
     /// What becomes of this row?
     Decide(Failed),
+    /// Nothing: whoever takes the questions may go ([`Desk::dismiss`]).
+    End,
 }
 
 /// What the language says.
@@ -64,6 +66,11 @@ impl Desk {
         if let Some(waiting) = self.waiting().remove(&id) {
             drop(waiting.send(reply));
         }
+    }
+
+    /// Lets whoever waits for a question end, after those that were asked.
+    pub fn dismiss(&self) {
+        let _ = self.ask.send((u64::MAX, Question::End));
     }
 
     /// An executor that asks here.

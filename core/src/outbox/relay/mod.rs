@@ -190,6 +190,14 @@ impl Relay {
         }
     }
 
+    /// Who is connected to what, without a password; `None` if an executor runs the statements.
+    pub fn database(&self) -> Option<&str> {
+        match &self.0.source {
+            Source::Server { url, .. } => Some(url.name()),
+            Source::Given(_) => None,
+        }
+    }
+
     /// The options it was made with.
     pub fn options(&self) -> &RelayOptions {
         &self.0.options

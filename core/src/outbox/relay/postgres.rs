@@ -242,7 +242,11 @@ impl Postgres {
         if let Some(client) = self.connected() {
             return Ok(client);
         }
-        let client = Arc::new(self.server.connect().await?);
+        // The whole of it: a server that accepts and then says nothing is as good as none.
+        let connected = tokio::time::timeout(CONNECT, self.server.connect()).await;
+        let name = self.server.name();
+        let late = |_| Error::connection_failed(format!("the database {name} did not answer within {CONNECT:?}"));
+        let client = Arc::new(connected.map_err(late)??);
         self.connections.fetch_add(1, Ordering::Relaxed);
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client.clone());
         Ok(client)

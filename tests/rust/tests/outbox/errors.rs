@@ -49,7 +49,7 @@ async fn a_user_that_may_only_read_is_told_what_to_grant() {
     assert!(error.kind() == ErrorKind::InvalidConfig && error.message().contains("primary"), "{error}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_table_in_a_schema_and_a_server_that_is_away() {
     let mut ground = Ground::bare();
     ground.server.sql("CREATE SCHEMA app");

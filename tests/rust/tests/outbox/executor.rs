@@ -63,13 +63,14 @@ async fn an_outbox_in_sqlite_is_relayed_by_whoever_may_open_it() {
     let options = RelayOptions { batch: 10, ..RelayOptions::default() };
     let relay = Relay::through(executor, bus.clone(), options).unwrap().with_policy(desk.policy(Default::default()));
     let clerk = tokio::spawn({
-        let database = database.clone();
+        let (database, desk) = (database.clone(), desk.clone());
         async move {
             while let Some((id, question)) = desk.next().await {
                 let reply = match question {
                     Question::Run(statement) => database.run(&statement).map_or_else(Reply::Failed, Reply::Ran),
                     Question::Decide(failed) if failed.attempts == 3 => Reply::Decided(Decision::DeadLetter),
                     Question::Decide(_) => Reply::Decided(Decision::Retry(Duration::ZERO)),
+                    Question::End => return,
                 };
                 desk.answer(id, reply);
             }
@@ -97,5 +98,6 @@ async fn an_outbox_in_sqlite_is_relayed_by_whoever_may_open_it() {
     assert_eq!(relay.purge(Duration::from_secs(1)).await.unwrap(), 0);
     database.0.lock().unwrap().execute("UPDATE polybus_outbox SET created_at = 1, delivered_at = 1", ()).unwrap();
     assert_eq!(relay.purge(Duration::from_secs(1)).await.unwrap(), 25);
-    clerk.abort();
+    desk.dismiss();
+    clerk.await.unwrap();
 }
