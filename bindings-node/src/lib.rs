@@ -9,6 +9,7 @@ mod error;
 mod event;
 mod history;
 mod options;
+mod outbox;
 
 use napi_derive::napi;
 
