@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { Bridge, NativeBus, NativeInbox, NativeOutbox, NativeReplay, checkPublishOptions, checkRetryPolicy, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
+const { Bridge, NativeBus, NativeInbox, NativeOutbox, NativeReplay, checkPublishOptions, checkRetryPolicy, cli, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
 export { Bridge }
 export { NativeBus }
 export { NativeInbox }
@@ -781,6 +781,7 @@ export { NativeOutbox }
 export { NativeReplay }
 export { checkPublishOptions }
 export { checkRetryPolicy }
+export { cli }
 export { configFromEnv }
 export { configFromFile }
 export { configFromObject }

@@ -15,46 +15,15 @@ import { mysql2 } from './mysql2.js'
 import { nodePostgres } from './node-postgres.js'
 import { postgresJs } from './postgres-js.js'
 import { prisma } from './prisma.js'
+import type { Adapt, Dialect, Driver, Shape, Statement } from './shape.js'
 import { sqlite } from './sqlite.js'
 import { typeorm } from './typeorm.js'
 
-/** A database, as `ddl` names it. MariaDB is `mysql`. */
-export type Dialect = 'postgres' | 'sqlite' | 'mysql'
-
-/** SQL text, and what its placeholders stand for in order of appearance. */
-export interface Statement {
-  readonly sql: string
-  readonly params: (string | number | null)[]
-}
-
 /** A database whose driver blocks: better-sqlite3, node:sqlite, and Drizzle on the former. */
 export type SyncTransaction =
-  // biome-ignore lint/suspicious/noExplicitAny: any statement will do
   | { prepare(sql: string): any; readonly inTransaction: boolean }
-  // biome-ignore lint/suspicious/noExplicitAny: as above
   | { prepare(sql: string): any; readonly isTransaction: boolean }
-  // biome-ignore lint/suspicious/noExplicitAny: as above
   | { run(query: any): { changes: number | bigint }; all(query: any): unknown[] }
-
-/** A connection or transaction that the user handed in. */
-export interface Driver {
-  /** `undefined` where the driver does not say. */
-  readonly dialect: Dialect | undefined
-  readonly style: '$' | '?'
-  /** Whether it blocks: then no method returns a promise. */
-  readonly blocks?: boolean
-  /** Whether what runs next belongs to a transaction that the user ends. */
-  inTransaction(): boolean | Promise<boolean>
-  /** Runs it in that transaction. Resolves to its rows if it has any, in the shape that the driver gives them. */
-  run(sql: string, params: Statement['params'], returnsRows: boolean): unknown[] | Promise<unknown[]>
-}
-
-/** Makes a driver of an object of its family, and nothing of any other. */
-export type Adapt = (tx: Shape) => Driver | undefined
-
-/** Any object, looked at by its members. */
-// biome-ignore lint/suspicious/noExplicitAny: that is the point
-export type Shape = Record<string, any>
 
 // From the more telling shape to the plainer one: some wrap others and look like them.
 const FAMILIES: readonly Adapt[] = [prisma, drizzle, kysely, knex, typeorm, postgresJs, nodePostgres, sqlite, mysql2]
@@ -98,7 +67,12 @@ export interface Drive {
 }
 
 /** Runs the statements of `steps` in the transaction that is open. A promise unless the driver blocks. */
-export function drive<T>(driver: Driver & { dialect: Dialect }, steps: Steps<T>, table: Table, how: Drive): T | Promise<T> {
+export function drive<T>(
+  driver: Driver & { dialect: Dialect },
+  steps: Steps<T>,
+  table: Table,
+  how: Drive,
+): T | Promise<T> {
   return driver.blocks ? driveNow(driver, steps, table, how) : driveLater(driver, steps, table, how)
 }
 
@@ -168,23 +142,4 @@ function lacksTable(error: unknown, depth = 6): boolean {
   if (SQLITE.test(code) && WORDS.test(message)) return true
   // How Drizzle, TypeORM and Prisma wrap what their driver threw.
   return [cause, driverError, meta, driverAdapterError].some((inner) => lacksTable(inner, depth - 1))
-}
-
-/** Whether PostgreSQL is in a transaction, for drivers that do not tell: a savepoint is refused outside of one. */
-export async function asksPostgres(query: (sql: string) => Promise<unknown>): Promise<boolean> {
-  try {
-    await query('SAVEPOINT polybus')
-  } catch (error) {
-    // no_active_sql_transaction; in one that failed, what comes next says so itself.
-    if ((error as Shape)?.code === '25P01') return false
-    if ((error as Shape)?.code === '25P02') return true
-    throw error
-  }
-  await query('RELEASE SAVEPOINT polybus')
-  return true
-}
-
-/** Whether all of these members are functions. */
-export function has(shape: Shape, ...names: string[]): boolean {
-  return names.every((name) => typeof shape[name] === 'function')
 }

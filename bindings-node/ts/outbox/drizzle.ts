@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, type Dialect, has, type Shape } from './driver.js'
+import { type Adapt, type Dialect, has, type Shape } from './shape.js'
 
 // Drizzle marks its classes with their kind, because there may be several copies of it.
 const KIND = Symbol.for('drizzle:entityKind')

@@ -6,7 +6,8 @@
 import { call, InvalidConfig } from '../errors.js'
 import { Event } from '../event.js'
 import { native } from '../native.js'
-import { type Dialect, drive, find, type Statement, type Steps, type SyncTransaction } from './driver.js'
+import { drive, find, type Steps, type SyncTransaction } from './driver.js'
+import type { Dialect, Statement } from './shape.js'
 
 /** Options of an {@link Inbox}. */
 export interface InboxOptions {
@@ -75,7 +76,9 @@ export class Inbox {
       const delivered = Event.isEvent(event)
       const name = consumer ?? (delivered ? event.delivery?.group : undefined)
       if (name === undefined) {
-        throw new InvalidConfig("once() needs a consumer for an event that was not delivered, like { consumer: 'billing' }")
+        throw new InvalidConfig(
+          "once() needs a consumer for an event that was not delivered, like { consumer: 'billing' }",
+        )
       }
       const id = delivered ? event.meta.id : String(event)
       return isFirst(JSON.parse(call(() => this.#native.mark(driver.dialect, driver.style, name, id))))

@@ -6,6 +6,7 @@
  *
  * @module
  */
-export type { Dialect, Statement, SyncTransaction } from './driver.js'
+export type { SyncTransaction } from './driver.js'
 export { Inbox, type InboxOptions, inbox, type OnceOptions, type PurgeOptions } from './inbox.js'
+export type { Dialect, Statement } from './shape.js'
 export { Outbox, type OutboxOptions, type StatementOptions, type StoreOptions, type Style } from './store.js'

@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, type Dialect, has, type Shape } from './driver.js'
+import { type Adapt, type Dialect, has, isFunction, type Shape } from './shape.js'
 
 const DIALECTS: Record<string, Dialect> = {
   postgresql: 'postgres',
@@ -16,7 +16,7 @@ const DIALECTS: Record<string, Dialect> = {
 
 /** A driver for a transaction, or for Knex itself, which is none. */
 export const knex: Adapt = (trx) => {
-  if (typeof trx !== 'function' || !has(trx, 'raw') || trx.client === undefined) return undefined
+  if (!isFunction(trx) || !has(trx, 'raw') || trx.client === undefined) return undefined
   return {
     dialect: DIALECTS[trx.client.dialect],
     style: '?',

@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, type Dialect, has } from './driver.js'
+import { type Adapt, type Dialect, has } from './shape.js'
 
 const DIALECTS: [RegExp, Dialect][] = [
   [/postgres/i, 'postgres'],

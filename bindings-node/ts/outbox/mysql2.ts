@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, has, type Shape } from './driver.js'
+import { type Adapt, has, type Shape } from './shape.js'
 
 const IN_TRANSACTION = 1
 const AUTOCOMMIT = 2

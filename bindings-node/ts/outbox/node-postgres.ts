@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, asksPostgres, has } from './driver.js'
+import { type Adapt, asksPostgres, has } from './shape.js'
 
 /** A driver for a client. A pool, which lacks `connectionParameters`, is none. */
 export const nodePostgres: Adapt = (client) => {

@@ -3,11 +3,11 @@
  *
  * @module
  */
-import { type Adapt, asksPostgres, has } from './driver.js'
+import { type Adapt, asksPostgres, has, isFunction } from './shape.js'
 
 /** A driver for a `sql`, which is a function itself. */
 export const postgresJs: Adapt = (sql) => {
-  if (typeof sql !== 'function' || !has(sql, 'unsafe')) return undefined
+  if (!isFunction(sql) || !has(sql, 'unsafe')) return undefined
   return {
     dialect: 'postgres',
     style: '$',

@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Adapt, has } from './driver.js'
+import { type Adapt, has } from './shape.js'
 
 /** A driver for a database. */
 export const sqlite: Adapt = (db) => {

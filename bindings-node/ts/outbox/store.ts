@@ -6,7 +6,8 @@
 import { call, InvalidConfig, InvalidEvent } from '../errors.js'
 import { Event, wireOf } from '../event.js'
 import { native } from '../native.js'
-import { type Dialect, drive, find, type Statement, type Steps, type SyncTransaction } from './driver.js'
+import { drive, find, type Steps, type SyncTransaction } from './driver.js'
+import type { Dialect, Statement } from './shape.js'
 
 /** How a driver writes placeholders: `$1`, `?` or `%s`. */
 export type Style = '$' | '?' | '%s'
