@@ -105,6 +105,39 @@ export declare class NativeBus {
   idle(key: number): string | null
 }
 
+/** Renders statements for one inbox table. */
+export declare class NativeInbox {
+  /** Reads the options. */
+  constructor(json: string)
+  /** `{statement, confirm}`: one row changed means that it is the first time. */
+  mark(dialect: string, style: string, consumer: string, eventId: string): string
+  /** `{statement, confirm}`: the rows changed are those that were deleted. `age` in milliseconds. */
+  purge(dialect: string, style: string, age: number, limit: number): string
+  /** Statements that make the table. */
+  ddl(dialect: string): Array<string>
+  /** What fails if and only if the table cannot be used, `{sql, params}`. */
+  check(dialect: string, style: string): string
+  /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
+  missing(dialect: string): string
+}
+
+/** Renders what stores events in one outbox table. */
+export declare class NativeOutbox {
+  /** Reads the options. */
+  constructor(json: string)
+  /**
+   * Statements that store the events with these wire forms: `[{statement, confirm, ids}]`. An empty `dedupe_key`
+   * means that of each event.
+   */
+  insert(dialect: string, style: string, wires: Array<string>, dedupeKey: string): string
+  /** Statements that make the table. */
+  ddl(dialect: string): Array<string>
+  /** What fails if and only if the table cannot be used, `{sql, params}`. */
+  check(dialect: string, style: string): string
+  /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
+  missing(dialect: string): string
+}
+
 /** A replay under way. */
 export declare class NativeReplay {
   /** The next batch: `{count, skipped, position, done}`, or `null` after the last. */

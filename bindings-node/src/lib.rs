@@ -9,6 +9,7 @@ mod error;
 mod event;
 mod history;
 mod options;
+mod outbox;
 mod relay;
 
 use napi_derive::napi;

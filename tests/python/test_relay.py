@@ -61,7 +61,7 @@ async def shop(server: PostgresServer, request: pytest.FixtureRequest) -> AsyncI
     for statement in made.outbox.ddl("postgres"):
         await made.connection.execute(statement)
 
-    @made.bus.subscribe("**", name="all")
+    @made.bus.on("**", name="all")
     async def note(event: Event, delivery: Delivery) -> None:
         made.seen.append(event)
 
@@ -167,7 +167,7 @@ async def test_an_outbox_in_sqlite_goes_through_the_applications_driver(tmp_path
     numbers: list[Any] = []
     bus = Bus(f"sqlite:///{tmp_path / 'bus.db'}", service="shop")
 
-    @bus.subscribe("**", name="all", concurrency=1)
+    @bus.on("**", name="all", concurrency=1)
     async def note(event: Event) -> None:
         numbers.append(event.payload)
 

@@ -234,7 +234,8 @@ impl Table {
     pub fn missing(&self, dialect: Dialect, whose: &str) -> Error {
         let full = self.full();
         Error::invalid_config(format!(
-            "the table {full} is missing in this database, or of another version; run the statements of {whose}.ddl({:?})",
+            "the table {full} is missing in this database, or of another version; run what `polybus outbox ddl --dialect {0}` \
+             prints, or the statements of {whose}.ddl(\"{0}\")",
             dialect.name()
         ))
     }
