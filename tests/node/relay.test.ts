@@ -24,7 +24,9 @@ const program = new URL('../support/database_server.py', import.meta.url).pathna
 const venv = new URL('../../.venv/bin/python', import.meta.url).pathname
 
 describe('a relay on PostgreSQL', () => {
-  const server = spawn(existsSync(venv) ? venv : 'python3', [program, 'postgres'], { stdio: ['pipe', 'pipe', 'inherit'] })
+  const server = spawn(existsSync(venv) ? venv : 'python3', [program, 'postgres'], {
+    stdio: ['pipe', 'pipe', 'inherit'],
+  })
   const outbox = new Outbox()
   let port = 0
   before(async () => {
@@ -121,7 +123,10 @@ describe('a relay on PostgreSQL', () => {
       [() => new Relay(made.url, made.bus, { batch: 0 }), /batch=0/],
     ]
     for (const [make, words] of wrong)
-      assert.throws(make, (error) => error instanceof PolybusError && words.test(error.message) && !/secret/.test(error.message))
+      assert.throws(
+        make,
+        (error) => error instanceof PolybusError && words.test(error.message) && !/secret/.test(error.message),
+      )
     await assert.rejects(
       new Relay(made.admin, made.bus).run(),
       (error) => error instanceof InvalidConfig && /polybus outbox ddl --dialect postgres/.test(error.message),

@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from database_server import PostgresServer
-from polybus import AuthFailed, Bus, ConnectionFailed, Delivery, Event, InvalidConfig, InvalidEvent, NotFound, RetryPolicy
+from polybus import AuthFailed, Bus, ConnectionFailed, Event, InvalidConfig, InvalidEvent, NotFound, RetryPolicy
 from polybus.outbox import Outbox, Relay, RelayBatch
 
 DEADLINE = 20
@@ -62,7 +62,7 @@ async def shop(server: PostgresServer, request: pytest.FixtureRequest) -> AsyncI
         await made.connection.execute(statement)
 
     @made.bus.on("**", name="all")
-    async def note(event: Event, delivery: Delivery) -> None:
+    async def note(event: Event) -> None:
         made.seen.append(event)
 
     async with made.bus:
@@ -115,7 +115,8 @@ async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop) -> None:
     relay = Relay(shop.url, shop.bus, policy)
     [dead] = await relay.dead_letters()
     assert (dead.event_id, dead.event.payload, dead.attempts) == (large.meta.id, "x" * 20, 1)
-    assert dead.last_error.startswith("payload_too_large: ") and dead.dead_at >= dead.created_at
+    assert dead.last_error.startswith("payload_too_large: ")
+    assert dead.dead_at >= dead.created_at
     assert await relay.dead_letters(after=dead) == []
     with pytest.raises(NotFound):
         await relay.replay("nobody")
@@ -201,7 +202,7 @@ async def test_the_command_relays_and_serves_its_health(shop: Shop, tmp_path: An
     )
     assert (said.returncode, said.stdout, said.stderr) == (0, "2 events relayed, 0 dead letters\n", "")
     port = 20_000 + abs(hash(shop.url)) % 9_000
-    with subprocess.Popen([*command, "--http", f"127.0.0.1:{port}"]) as running:
+    with subprocess.Popen([*command, "--http", f"127.0.0.1:{port}"]) as running:  # noqa: ASYNC220 (starts at once)
 
         def page(path: str) -> str:
             try:

@@ -126,7 +126,10 @@ export interface DeadRow {
 
 /** What better-sqlite3 and node:sqlite have in common. */
 interface SyncDatabase {
-  prepare(sql: string): { all(...params: unknown[]): unknown[]; run(...params: unknown[]): { changes: number | bigint } }
+  prepare(sql: string): {
+    all(...params: unknown[]): unknown[]
+    run(...params: unknown[]): { changes: number | bigint }
+  }
 }
 
 /**

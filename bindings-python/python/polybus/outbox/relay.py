@@ -33,8 +33,10 @@ Executor: TypeAlias = Callable[[str, Sequence[Any]], "Rows | Awaitable[Rows]"]
 Decision: TypeAlias = "float | timedelta | datetime | None"
 
 FailurePolicy: TypeAlias = Callable[[int, PolybusError], "Decision | Awaitable[Decision]"]
-"""Decides about a row that the bus refused, from its failed attempts so far, this one included, and the error: seconds or a
-`timedelta` until the next attempt, the time of it, or `None` for a dead letter. May be async."""
+"""Decides about a row that the bus refused, from its failed attempts so far, this one included, and the error.
+
+It returns seconds or a `timedelta` until the next attempt, the time of it, or `None` for a dead letter. May be async.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RelayBatch:
     publish_failed: int = 0
     """Not taken by the bus."""
     ack_failed: int = 0
-    """Published and not marked, because the database did not answer: they will be published again, with the same ids."""
+    """Published and not marked, as the database did not answer: they will be published again, with the same ids."""
     ownership_mismatches: int = 0
     """Another relay had claimed them meanwhile, because our lease was over: nothing of theirs was changed."""
     malformed: int = 0
@@ -129,15 +131,15 @@ class Relay:
         await relay.run()
 
     - `database`: the URL of a PostgreSQL database, as libpq or SQLAlchemy writes it; the relay has connections of its
-      own. For a SQLite database a `sqlite3.Connection` in autocommit (`isolation_level=None`), or an `Executor` that runs
-      the statements on whatever connection; `dialect` and `style` tell what it speaks.
+      own. For a SQLite database a `sqlite3.Connection` in autocommit (`isolation_level=None`), or an `Executor` that
+      runs the statements on whatever connection; `dialect` and `style` tell what it speaks.
     - `bus`: where the events go. Not one with `fail_open`, which would lose them.
     - `failure_policy`: a `FailurePolicy`, or a `RetryPolicy`. Unless given, an error that no retry mends makes a dead
-      letter at once, any other one after three retries. It is not asked when the bus is away: then nothing is published,
-      and no attempt counts.
+      letter at once, any other one after three retries. It is not asked when the bus is away: then nothing is
+      published, and no attempt counts.
     - `table` (`polybus_outbox`), `batch` (500 rows a claim), `workers` (1; with more, events without a key may overtake
-      each other), `lease` (30 s: what a relay had that died is published after this), `poll_interval` (0.25 s), `listen`
-      (True: wake up by NOTIFY), `listen_url` (where to listen when `database` leads to PgBouncer).
+      each other), `lease` (30 s: what a relay had that died is published after this), `poll_interval` (0.25 s),
+      `listen` (True: wake up by NOTIFY), `listen_url` (where to listen when `database` leads to PgBouncer).
 
     Any number of relays work on one table. Opens nothing until it is used. `InvalidConfig` for what can never work.
     """
@@ -156,7 +158,9 @@ class Relay:
         if isinstance(failure_policy, RetryPolicy):
             given["retry"], failure_policy = failure_policy, None
         if failure_policy is not None and not callable(failure_policy):
-            raise TypeError(f"failure_policy is a {type(failure_policy).__qualname__}; give a function or a RetryPolicy")
+            raise TypeError(
+                f"failure_policy is a {type(failure_policy).__qualname__}; give a function or a RetryPolicy"
+            )
         self._policy = failure_policy
         self._execute: Executor | None = None
         url: str | None = None
