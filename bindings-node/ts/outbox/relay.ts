@@ -143,8 +143,9 @@ interface SyncDatabase {
  */
 export class Relay {
   readonly #native: InstanceType<typeof native.NativeRelay>
-  readonly #execute: Executor | undefined
-  readonly #policy: FailurePolicy | undefined
+  readonly #execute: Executor
+  readonly #policy: FailurePolicy
+  readonly #asks: boolean
   #using = 0
   #clerk: Promise<void> = Promise.resolve()
 
@@ -158,10 +159,12 @@ export class Relay {
     const { failurePolicy, dialect, style, ...rest } = options
     if (failurePolicy !== undefined && typeof failurePolicy !== 'function')
       throw new InvalidConfig(`failurePolicy is ${describeValue(failurePolicy)}; give a function`)
-    this.#policy = failurePolicy
-    this.#execute = executorOf(database)
+    const execute = executorOf(database)
+    this.#policy = failurePolicy ?? unasked
+    this.#execute = execute ?? unasked
+    this.#asks = failurePolicy !== undefined || execute !== undefined
     const url = typeof database === 'string' ? database : ''
-    if (url === '' && this.#execute === undefined)
+    if (url === '' && execute === undefined)
       throw new InvalidConfig(
         `the database of a relay is a URL, a database of better-sqlite3 or node:sqlite, or a function that runs ` +
           `statements, and not ${describeValue(database)}`,
@@ -271,7 +274,7 @@ export class Relay {
 
   // While anybody uses the relay, one loop answers its questions.
   async #run(start: (key: number) => string | null): Promise<string> {
-    if (this.#execute === undefined && this.#policy === undefined) return await run(start)
+    if (!this.#asks) return await run(start)
     this.#using += 1
     if (this.#using === 1) this.#clerk = this.#clerk.then(() => this.#answer())
     try {
@@ -288,17 +291,21 @@ export class Relay {
       if (asked === null) return
       try {
         if (asked.sql !== undefined) {
-          const { rows, affected } = await this.#execute!(asked.sql, asked.params)
+          const { rows, affected } = await this.#execute(asked.sql, asked.params)
           this.#native.answerRows(asked.id, rowsText(rows), Number(affected))
         } else {
           const error = fromNative(new Error(asked.error)) as PolybusError
-          this.#native.answerDecision(asked.id, milliseconds(await this.#policy!(asked.attempts, error)))
+          this.#native.answerDecision(asked.id, milliseconds(await this.#policy(asked.attempts, error)))
         }
       } catch (error) {
         this.#native.answerError(asked.id, !(error instanceof TypeError), describe(error))
       }
     }
   }
+}
+
+function unasked(): never {
+  throw new TypeError('the core asked what it was not told to ask')
 }
 
 function milliseconds(decision: unknown): number {
