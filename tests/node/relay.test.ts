@@ -9,7 +9,7 @@ import { after, before, describe, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Database from 'better-sqlite3'
 import pg from 'pg'
-import { Bus, Event, InvalidConfig, NotFound, PolybusError } from 'polybus'
+import { Bus, Event, InvalidConfig, NotFound, PayloadTooLarge, PolybusError } from 'polybus'
 import { Outbox, Relay } from 'polybus/outbox'
 
 async function until(condition: () => Promise<boolean> | boolean): Promise<void> {
@@ -111,6 +111,37 @@ describe('a relay on PostgreSQL', () => {
     assert.equal(await relay.replay('x'), 1)
     assert.equal((await relay.relayBatch()).deadLettered, 1)
     assert.equal(await relay.purgeDead(), 1)
+  })
+
+  test('a policy decides about what the bus refuses', async () => {
+    await using made = await shop()
+    // Too much around its payload: it can be read, and no bus takes it.
+    const wire = JSON.stringify(Event.create('order.placed', 1, { headers: { h: 'x'.repeat(65_300) } }))
+    const sql = "INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'order.placed', $1)"
+    await made.client.query(sql, [wire.replace('"h":"', `"h":"${'y'.repeat(300)}`)])
+    const folder = mkdtempSync(join(tmpdir(), 'polybus-relay-'))
+    try {
+      await using bus = new Bus(`sqlite:///${join(folder, 'bus.db')}`, { service: 'shop' })
+      const asked: [number, boolean][] = []
+      const answers = [0, new Date(), null]
+      const relay = new Relay(made.url, bus, {
+        async failurePolicy(attempts, error) {
+          asked.push([attempts, error instanceof PayloadTooLarge])
+          return answers[attempts - 1] ?? null
+        },
+      })
+      for (const dead of [0, 0, 1]) {
+        const batch = await relay.relayBatch()
+        assert.deepEqual([batch.publishFailed, batch.deadLettered], [1, dead])
+      }
+      assert.deepEqual(asked, [
+        [1, true],
+        [2, true],
+        [3, true],
+      ])
+    } finally {
+      rmSync(folder, { recursive: true })
+    }
   })
 
   test('bad input', async () => {

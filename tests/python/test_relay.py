@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import asyncpg
 import pytest
 
 from database_server import PostgresServer
-from polybus import AuthFailed, Bus, ConnectionFailed, Event, InvalidConfig, InvalidEvent, NotFound, RetryPolicy
+from polybus import (
+    AuthFailed,
+    Bus,
+    ConnectionFailed,
+    Event,
+    InvalidConfig,
+    InvalidEvent,
+    NotFound,
+    PayloadTooLarge,
+    RetryPolicy,
+)
 from polybus.outbox import Outbox, Relay, RelayBatch
 
 DEADLINE = 20
@@ -99,20 +110,11 @@ async def test_it_runs_until_it_is_stopped_or_cancelled(shop: Shop) -> None:
         assert relay.health().workers == 0
 
 
-async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop) -> None:
-    small = Bus(shop.bus.url, service="shop", max_payload_bytes=10)
-    asked: list[tuple[int, type[BaseException]]] = []
-    answers = iter([0, timedelta(0), datetime.now(timezone.utc), "nonsense", None])
-
-    async def policy(attempts: int, error: Exception) -> Any:
-        asked.append((attempts, type(error)))
-        return next(answers)
-
-    # A bus whose own limit is smaller refuses at decoding: that is malformed, and no policy is asked.
+async def test_what_is_too_large_for_this_bus_is_dead_and_can_be_replayed_into_another(shop: Shop) -> None:
+    small = Bus(f"{shop.bus.url}-small", service="shop", max_payload_bytes=10)
     [large] = await shop.store("x" * 20)
-    assert (await Relay(shop.url, small, policy).relay_batch()).malformed == 1
-    assert asked == []
-    relay = Relay(shop.url, shop.bus, policy)
+    assert (await Relay(shop.url, small).relay_batch()).malformed == 1
+    relay = Relay(shop.url, shop.bus)
     [dead] = await relay.dead_letters()
     assert (dead.event_id, dead.event.payload, dead.attempts) == (large.meta.id, "x" * 20, 1)
     assert dead.last_error.startswith("payload_too_large: ")
@@ -123,6 +125,30 @@ async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop) -> None:
     assert await relay.replay(dead) == 1
     assert (await relay.relay_batch()).relayed == 1
     await small.close()
+
+
+async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop, tmp_path: Any) -> None:
+    # Too much around its payload: it can be read, and no bus takes it.
+    wire = json.dumps(Event.create("order.placed", 1, headers={"h": "x" * 65_300}).to_dict())
+    wire = wire.replace('"h": "', '"h": "' + "y" * 300)
+    insert = "INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'order.placed', $1)"
+    await shop.connection.execute(insert, wire)
+    asked: list[tuple[int, type[BaseException]]] = []
+    answers = iter([0, timedelta(0), datetime.now(timezone.utc), "nonsense", None])
+
+    async def policy(attempts: int, error: Exception) -> Any:
+        asked.append((attempts, type(error)))
+        return next(answers)
+
+    async with Bus(f"sqlite:///{tmp_path / 'bus.db'}", service="shop") as bus:
+        relay = Relay(shop.url, bus, policy)
+        # The default policy decides where this one says nonsense: no retry mends that error.
+        for dead in (0, 0, 0, 1):
+            batch = await relay.relay_batch()
+            assert (batch.publish_failed, batch.dead_lettered) == (1, dead)
+        assert asked == [(attempts, PayloadTooLarge) for attempts in (1, 2, 3, 4)]
+        assert await relay.replay() == 1
+        assert (await Relay(shop.url, bus, lambda attempts, error: None).relay_batch()).dead_lettered == 1
 
 
 async def test_a_row_that_holds_no_event_is_dead(shop: Shop) -> None:
