@@ -1,6 +1,8 @@
 //! The outbox's statements on a real SQLite, and their text for the others. Their drivers and servers are tested from
 //! Python and TypeScript.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
 use polybus_core::ErrorKind;
 use polybus_core::event::{Event, EventType, Meta};
 use polybus_core::outbox::{Dialect, Entry, Inbox, Insert, Outbox, OutboxOptions, Param, Statement, Style, Table};

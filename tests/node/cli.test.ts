@@ -24,5 +24,8 @@ test('prints the tables, also for other tools', async () => {
 
 test('bad arguments', async () => {
   await assert.rejects(polybus('outbox', 'ddl', '--dialect', 'postgras'), { code: 2, stderr: /postgres/ })
-  await assert.rejects(polybus('outbox', 'ddl', '--dialect', 'sqlite', '--table', 'a;b'), { code: 1, stderr: /letters/ })
+  await assert.rejects(polybus('outbox', 'ddl', '--dialect', 'sqlite', '--table', 'a;b'), {
+    code: 1,
+    stderr: /letters/,
+  })
 })

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,27 @@ def case(request: pytest.FixtureRequest) -> tuple[str, type[Driver]]:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def databases(
+    servers: Callable[[str], DatabaseServer | None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Database]]:
+    """One of each dialect, shared by all tests, which run one after the other."""
+    with ExitStack() as stack:
+        made: dict[str, Database] = {}
+
+        def one(dialect: str) -> Database:
+            if dialect not in made:
+                folder = tmp_path_factory.mktemp("outbox")
+                made[dialect] = stack.enter_context(database(dialect, servers(dialect), folder))
+            made[dialect].reset()
+            return made[dialect]
+
+        yield one
+
+
 @pytest.fixture
-def db(
-    case: tuple[str, type[Driver]], servers: Callable[[str], DatabaseServer | None], tmp_path: Path
-) -> Iterator[Database]:
-    with database(case[0], servers(case[0]), tmp_path) as made:
-        yield made
+def db(case: tuple[str, type[Driver]], databases: Callable[[str], Database]) -> Database:
+    return databases(case[0])
 
 
 @pytest.fixture
@@ -212,6 +227,7 @@ async def test_a_table_that_is_missing_or_of_another_version(play: Play, db: Dat
         await play.store(placed())
     assert raised.value.__cause__ is not None
     await play.rollback()
+    db.query("DROP TABLE IF EXISTS polybus_outbox")
 
 
 async def test_an_event_takes_effect_once(play: Play, db: Database) -> None:
@@ -331,7 +347,7 @@ async def test_what_is_no_connection_is_refused(tmp_path: Path) -> None:
     connection.close()
 
 
-async def test_django_from_async_code(servers: Callable[[str], DatabaseServer | None], tmp_path: Path) -> None:
+async def test_django_from_async_code(tmp_path: Path) -> None:
     with database("sqlite", None, tmp_path) as db:
         django = Django(db)
         django.open()

@@ -136,7 +136,7 @@ class MariaServer(DatabaseServer):
 
     def _serve(self) -> list[str]:
         return [
-            "mariadbd",
+            shutil.which("mariadbd") or "/usr/sbin/mariadbd",
             "--no-defaults",
             f"--datadir={self._folder / 'data'}",
             f"--socket={self._folder / 'socket'}",

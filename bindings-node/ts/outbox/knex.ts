@@ -25,10 +25,11 @@ export const knex: Adapt = (trx) => {
   }
 }
 
-/** PostgreSQL gives an object with rows, mysql2 the rows or a header, and the fields, SQLite the rows. */
+/** PostgreSQL gives an object with rows, mysql2 a pair of rows and fields or of a header and nothing, SQLite the rows. */
 function rowsOf(result: Shape): unknown[] {
   if (Array.isArray(result?.rows)) return result.rows
   if (!Array.isArray(result)) return []
-  if (result.length === 2 && Array.isArray(result[1])) return Array.isArray(result[0]) ? result[0] : []
+  const header = result.length === 2 && (result[1] === undefined || Array.isArray(result[1]))
+  if (header) return Array.isArray(result[0]) ? result[0] : []
   return result
 }

@@ -43,8 +43,8 @@ class Inbox:
         error that leaves the block takes the mark back; let it end the transaction too, so that the effects go with it.
 
         `with` takes what `Outbox.store` takes, `async with` what `Outbox.store_async` takes. `consumer` is the group
-        that the event was delivered to unless given. `InvalidConfig` when no transaction is open (`allow_autocommit=True`
-        allows that), when `session` is something else, or when the table is missing.
+        that the event was delivered to unless given. `InvalidConfig` when no transaction is open
+        (`allow_autocommit=True` allows that), when `session` is something else, or when the table is missing.
         """
         if isinstance(event, Event):
             if consumer is None and event.delivery is not None:

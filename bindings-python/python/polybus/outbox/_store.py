@@ -84,7 +84,7 @@ class Outbox:
         dedupe_key: str | None = None,
         allow_autocommit: bool = False,
     ) -> bool | list[bool]:
-        """As `store`, on a SQLAlchemy `AsyncSession` or `AsyncConnection`, or a connection of asyncpg, psycopg, aiosqlite."""
+        """As `store`, on SQLAlchemy's `AsyncSession` or `AsyncConnection`, or one of asyncpg, psycopg or aiosqlite."""
         driver = async_driver(session, "store_async()")
         inserts = self._inserts(driver.dialect, driver.style, event, dedupe_key)
         steps = _steps(inserts)
