@@ -91,9 +91,7 @@ impl NativeRelay {
             let options = RelayOptions::from_json(&options::snake(&options)?, Naming::TypeScript)?;
             let (retry, to) = (options.retry.clone(), Arc::new(bus.core().clone()));
             let relay = match url.as_str() {
-                "" => {
-                    Relay::through(desk.executor(Dialect::parse(&dialect)?, Style::parse(&style)?), to, options)?
-                }
+                "" => Relay::through(desk.executor(Dialect::parse(&dialect)?, Style::parse(&style)?), to, options)?,
                 url => Relay::new(url, to, options)?,
             };
             Ok(if policy { relay.with_policy(desk.policy(retry)) } else { relay })

@@ -193,9 +193,12 @@ impl PyRelay {
                 None | Some((_, Question::End)) => py.None(),
                 Some((id, Question::Run(statement))) => {
                     let (sql, params) = outbox::sql(py, &statement, style)?;
-                    PyTuple::new(py, [id.into_pyobject(py)?.into_any(), sql.into_pyobject(py)?.into_any(), params.into_bound(py)])?
-                        .into_any()
-                        .unbind()
+                    PyTuple::new(
+                        py,
+                        [id.into_pyobject(py)?.into_any(), sql.into_pyobject(py)?.into_any(), params.into_bound(py)],
+                    )?
+                    .into_any()
+                    .unbind()
                 }
                 Some((id, Question::Decide(failed))) => {
                     let error = to_py(py, &failed.error).into_value(py).into_bound(py).into_any();
@@ -215,7 +218,8 @@ impl PyRelay {
     /// What becomes of a row: another attempt after so many seconds, or none.
     fn answer_decision(&self, id: u64, retry: Option<f64>) {
         let after = |seconds: f64| Duration::from_secs_f64(seconds.clamp(0.0, 1e9));
-        self.desk.answer(id, Reply::Decided(retry.map_or(Decision::DeadLetter, |seconds| Decision::Retry(after(seconds)))));
+        self.desk
+            .answer(id, Reply::Decided(retry.map_or(Decision::DeadLetter, |seconds| Decision::Retry(after(seconds)))));
     }
 
     /// Whoever was asked failed.

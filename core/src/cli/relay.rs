@@ -182,7 +182,9 @@ async fn answer(mut stream: TcpStream, relay: &Relay) -> std::io::Result<()> {
     };
     let length = body.len();
     let body = if head.starts_with("HEAD") { "" } else { &body };
-    let text = format!("HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
+    let text = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    );
     stream.write_all(text.as_bytes()).await?;
     stream.shutdown().await
 }

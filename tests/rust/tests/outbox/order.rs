@@ -23,7 +23,7 @@ async fn the_order_of_each_key_holds_with_relays_whose_rows_fail() {
         let mut tries = tries.lock().unwrap();
         let tried = tries.entry(number(event)).or_insert(0);
         *tried += 1;
-        (number(event) % 7 == 0 && *tried <= 2).then(|| Error::connection_failed("later"))
+        (number(event).is_multiple_of(7) && *tried <= 2).then(|| Error::connection_failed("later"))
     });
     insert_numbers(&client, 400, 20).await;
     let options = RelayOptions { batch: 15, workers: 2, ..RelayOptions::default() };
@@ -66,7 +66,7 @@ async fn a_row_that_waits_holds_back_its_key_and_nothing_else() {
     }
     let options = RelayOptions { batch: 3, ..RelayOptions::default() };
     let relay = ground.relay_with(&bus, options).with_policy(Arc::new(Patient));
-    working(&[relay.clone()], ground.until_delivered(&client, 11)).await;
+    working(std::slice::from_ref(&relay), ground.until_delivered(&client, 11)).await;
     assert_eq!(bus.numbers(), [0, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59]);
     let stats = relay.stats().await.unwrap();
     assert_eq!((stats.pending, stats.retrying, stats.claimed, stats.dead), (49, 1, 0, 0));

@@ -46,7 +46,7 @@ async fn a_redis_that_goes_and_comes_back_gets_everything() {
     let (_subscription, mut seen) = listen(&bus, "**", "all").await;
     let client = ground.server.connect().await;
     let relay = Relay::new(&ground.server.url(), Arc::new(bus.clone()), RelayOptions::default()).unwrap();
-    working(&[relay.clone()], async {
+    working(std::slice::from_ref(&relay), async {
         insert_numbers(&client, 5, 0).await;
         ground.until_delivered(&client, 5).await;
         redis.kill9();
