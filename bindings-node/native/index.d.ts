@@ -100,7 +100,7 @@ export declare class NativeBus {
   /** Test kit. */
   duplicateNext(pattern: string, times: number): void
   /** Test kit. */
-  advance(byMs: number): void
+  advance(key: number, byMs: number): string | null
   /** Test kit. */
   idle(key: number): string | null
 }

@@ -340,8 +340,9 @@ impl NativeBus {
 
     /// Test kit.
     #[napi]
-    pub fn advance(&self, by_ms: f64) -> napi::Result<()> {
-        self.bus.advance(Duration::from_secs_f64((by_ms / 1000.0).clamp(0.0, 1e12))).map_err(throw)
+    pub fn advance(&self, key: u32, by_ms: f64) -> napi::Result<Option<String>> {
+        let by = Duration::from_secs_f64((by_ms / 1000.0).clamp(0.0, 1e12));
+        self.start_with(key, move |bus| async move { bus.advance(by).await.map(nothing) })
     }
 
     /// Test kit.

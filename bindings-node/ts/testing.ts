@@ -111,21 +111,21 @@ export class TestBus<E extends object = AnyEvents> extends Bus<E> {
   }
 
   /**
-   * Moves time: retries, delays, expiries and timeouts that fall due happen before this resolves.
+   * Moves time: retries, delays, expiries and timeouts that fall due happen before this resolves, each at its time.
    *
-   * What was published before is handled first. A handler that does not end is waited for briefly: its timeout may be
-   * what the test is about.
+   * What was published before is handled first, and what falls due because of it within that time happens, too: a handler
+   * that fails twice, with retries after a second, has succeeded after `advance(2000)`. A handler that does not end is
+   * waited for briefly: its timeout may be what the test is about.
    */
   async advance(ms: number): Promise<void> {
     if (!(typeof ms === 'number' && ms >= 0 && Number.isFinite(ms))) {
       throw new InvalidConfig(`advance(${String(ms)}): give milliseconds, at least 0`)
     }
-    await this.#settle(200)
-    call(() => nativeOf(this).advance(ms))
-    await this.#settle(1000)
+    await this.#ready()
+    await run((key) => nativeOf(this).advance(key, ms))
   }
 
-  /** Resolves when nothing is left to do at this moment of the bus's time. */
+  /** Resolves when nothing is left to do at this moment of the bus's time. A paused subscription has nothing to do. */
   async idle(): Promise<void> {
     await this.#ready()
     await run((key) => nativeOf(this).idle(key))

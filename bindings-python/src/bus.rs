@@ -383,8 +383,9 @@ impl PyBus {
         self.0.duplicate_next(pattern, times).map_err(raise(py))
     }
 
-    fn advance(&self, py: Python<'_>, by: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.0.advance(options::seconds(py, "seconds", by)?).map_err(raise(py))
+    fn advance(&self, py: Python<'_>, by: &Bound<'_, PyAny>) -> PyResult<Operation> {
+        let (bus, by) = (self.0.clone(), options::seconds(py, "seconds", by)?);
+        Ok(Operation::new(async move { bus.advance(by).await }, none))
     }
 
     fn idle(&self) -> Operation {

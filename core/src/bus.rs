@@ -4,7 +4,7 @@ mod kit;
 mod requests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::codec;
 use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::dispatch::{Dispatcher, Once, Rules};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, closed};
 use crate::event::{Event, EventType, Meta, Text};
 use crate::handler::Handler;
 use crate::history::{HistoryEntry, ReplayBatch, ReplayStep};
@@ -277,6 +277,7 @@ impl Bus {
             counters: counters.clone(),
             broadcast: options.broadcast,
             breaker: options.breaker.is_some(),
+            source: OnceLock::new(),
         };
         let subscription = Subscription { facts: Arc::new(facts), wish, ended };
         {
@@ -330,6 +331,9 @@ impl Bus {
             Ok((transport.subscribe(spec).await?, transport))
         };
         let (source, transport) = joined.await.map_err(|error: Error| error.during("subscribe"))?;
+        if self.0.clock.is_virtual() {
+            subscription.facts.source.get_or_init(|| Arc::downgrade(&source));
+        }
         if !options.broadcast {
             process::current().leases.keep(&source, bus.lease);
         }
@@ -536,10 +540,6 @@ impl Drop for EndGuard {
     fn drop(&mut self) {
         self.0.send_replace(true);
     }
-}
-
-fn closed() -> Error {
-    Error::bus_closed("the bus is closed; call start() to open it again")
 }
 
 fn found(id: Option<Text>, count: u64) -> Result<u64> {

@@ -3,6 +3,9 @@
 //! Policies take times as arguments; only loops wait, and they wait here, so that a test bus can move every timer of
 //! the memory transport and of the dispatchers with one call.
 
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
@@ -13,16 +16,18 @@ pub struct Clock {
     epoch: SystemTime,
     started: Instant,
     moved: Option<watch::Sender<Duration>>,
+    /// What waits for a stopped clock: how many for each time.
+    timers: Arc<Mutex<BTreeMap<Duration, usize>>>,
 }
 
 impl Default for Clock {
     fn default() -> Self {
-        Self { epoch: SystemTime::now(), started: Instant::now(), moved: None }
+        Self { epoch: SystemTime::now(), started: Instant::now(), moved: None, timers: Arc::default() }
     }
 }
 
 impl Clock {
-    /// A clock that stands still until [`Clock::advance`].
+    /// A clock that stands still until [`Clock::move_to`].
     pub fn stopped() -> Self {
         Self { moved: Some(watch::Sender::new(Duration::ZERO)), ..Self::default() }
     }
@@ -41,19 +46,57 @@ impl Clock {
     pub async fn sleep_until(&self, due: Duration) {
         match &self.moved {
             None => tokio::time::sleep(due.saturating_sub(self.started.elapsed())).await,
-            Some(moved) => drop(moved.subscribe().wait_for(|now| *now >= due).await),
+            Some(moved) => {
+                let _timer = Timer::new(&self.timers, due);
+                drop(moved.subscribe().wait_for(|now| *now >= due).await);
+            }
         }
     }
 
-    /// Moves a stopped clock; a real one stays as it is.
-    pub fn advance(&self, by: Duration) {
+    /// Moves a stopped clock forward; a real one stays as it is.
+    pub fn move_to(&self, time: Duration) {
         if let Some(moved) = &self.moved {
-            moved.send_modify(|now| *now = now.saturating_add(by));
+            moved.send_modify(|now| *now = time.max(*now));
         }
     }
 
-    /// Whether [`Clock::advance`] moves it.
+    /// The first time after now that something waits for, of a stopped clock.
+    pub(crate) fn next_timer(&self) -> Option<Duration> {
+        let later = (Bound::Excluded(self.elapsed()), Bound::Unbounded);
+        lock(&self.timers).range(later).next().map(|(due, _)| *due)
+    }
+
+    /// Whether [`Clock::move_to`] moves it.
     pub fn is_virtual(&self) -> bool {
         self.moved.is_some()
     }
+}
+
+/// Says that somebody waits, until it is dropped.
+struct Timer<'a> {
+    timers: &'a Mutex<BTreeMap<Duration, usize>>,
+    due: Duration,
+}
+
+impl<'a> Timer<'a> {
+    fn new(timers: &'a Mutex<BTreeMap<Duration, usize>>, due: Duration) -> Self {
+        *lock(timers).entry(due).or_default() += 1;
+        Self { timers, due }
+    }
+}
+
+impl Drop for Timer<'_> {
+    fn drop(&mut self) {
+        let mut timers = lock(self.timers);
+        if let Some(count) = timers.get_mut(&self.due) {
+            *count -= 1;
+            if *count == 0 {
+                timers.remove(&self.due);
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

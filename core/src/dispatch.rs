@@ -30,7 +30,7 @@ use crate::metrics::{Origin, Status};
 use crate::retry::{Jitter, RetryPolicy};
 use crate::subscription::{Counters, Wish};
 use crate::testkit::Faults;
-use crate::transport::{Rest, Settlement, Source, Task};
+use crate::transport::{Settlement, Source, Task};
 
 /// Back-off of the loop itself when the transport fails.
 const RECONNECT: RetryPolicy = RetryPolicy {
@@ -106,8 +106,8 @@ struct Held {
     settling: usize,
     breaker: Option<Breaker>,
     batches: Option<Batches>,
-    /// As told to the source last.
-    rest: Option<Rest>,
+    /// What was taken last has to run alone: one at a time, so that nothing goes down with it if it ends its process.
+    wary: bool,
 }
 
 type Settling = Task<(Vec<Settlement>, Result<Vec<Lease>>)>;
@@ -150,7 +150,7 @@ impl Dispatcher {
                 self.launch(&mut held, &reporter);
             }
             self.publish_gauges(&held);
-            self.rest(&mut held);
+            self.rest(&held);
             let room = self.room(&held);
             if taking.is_none() && room > 0 && wish == Wish::Run && resume_at.is_none() {
                 taking = Some(self.source.take(room));

@@ -206,6 +206,11 @@ shorthand! {
     not_found => NotFound,
 }
 
+/// Whatever is asked of a bus that is closed.
+pub(crate) fn closed() -> Error {
+    Error::bus_closed("the bus is closed; call start() to open it again")
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(operation) = self.0.operation {

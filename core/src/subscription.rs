@@ -1,7 +1,7 @@
 //! The handle of a running dispatcher.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -10,6 +10,7 @@ use crate::breaker::Phase;
 use crate::event::Text;
 use crate::metrics::{Attempts, Ledger};
 use crate::pattern::Pattern;
+use crate::transport::Source;
 
 /// What the holder wants of the dispatcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +72,8 @@ pub(crate) struct Facts {
     pub counters: Arc<Counters>,
     pub broadcast: bool,
     pub breaker: bool,
+    /// Of a test bus, which waits for a subscription from the moment it is resumed.
+    pub source: OnceLock<Weak<dyn Source>>,
 }
 
 impl Subscription {
@@ -109,6 +112,9 @@ impl Subscription {
             let change = when(wish);
             if change {
                 *wish = to;
+                if let (Wish::Run, Some(source)) = (to, self.facts.source.get().and_then(Weak::upgrade)) {
+                    source.rest(None);
+                }
             }
             change
         });

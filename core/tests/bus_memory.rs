@@ -24,6 +24,10 @@ fn test_bus() -> Bus {
     Bus::new("memory://", BusOptions { virtual_clock: true, ..BusOptions::new("test") }).unwrap()
 }
 
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), future).await.expect("the deadline passed")
+}
+
 fn fail() -> Outcome {
     Outcome::Failed(Failure::new("Oops", "no", ""))
 }
@@ -41,10 +45,7 @@ async fn a_failing_handler_is_retried_then_buried_then_replayed() {
     bus.publish(now(event("order.placed"))).await.unwrap();
     bus.idle().await.unwrap();
     assert_eq!(runs.load(Ordering::SeqCst), 1);
-    for _ in 0..3 {
-        bus.advance(Duration::from_secs(30)).unwrap();
-        bus.idle().await.unwrap();
-    }
+    bus.advance(Duration::from_secs(90)).await.unwrap();
     assert_eq!(runs.load(Ordering::SeqCst), 4, "three retries, then no more");
     let dead = bus.dead_letters(Default::default(), None, 10).await.unwrap();
     assert_eq!((dead.len(), dead[0].attempts, dead[0].reason.as_str()), (1, 4, "exhausted"));
@@ -52,6 +53,59 @@ async fn a_failing_handler_is_retried_then_buried_then_replayed() {
     bus.idle().await.unwrap();
     assert_eq!(runs.load(Ordering::SeqCst), 5);
     assert_eq!(bus.dead_count(Default::default()).await.unwrap(), 0);
+}
+
+/// Two subscriptions that fail, one every second and one every three, and a delayed event: each at its time.
+#[tokio::test]
+async fn time_goes_from_one_due_time_to_the_next() {
+    use polybus_core::retry::{Jitter, RetryPolicy};
+    let begin = std::time::SystemTime::now();
+    let bus = test_bus();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::<(&str, u32, u64)>::new()));
+    for (name, secs) in [("quick", 1), ("slow", 3)] {
+        let seen = seen.clone();
+        let handler = from_fn(move |job| {
+            let at = job.received_at.duration_since(begin).unwrap().as_secs();
+            seen.lock().unwrap().push((name, job.attempt, at));
+            async move { if job.attempt < 4 { fail() } else { Outcome::Done } }
+        });
+        let wait = Duration::from_secs(secs);
+        let retry =
+            RetryPolicy { max_retries: 5, initial_delay: wait, max_delay: wait, factor: 1.0, jitter: Jitter::None };
+        let options = SubscribeOptions { retry: Some(retry), ..SubscribeOptions::new(name) };
+        bus.subscribe(name, handler, options).await.unwrap();
+    }
+    bus.publish(now(event("quick"))).await.unwrap();
+    bus.idle().await.unwrap();
+    bus.publish(now(event("slow"))).await.unwrap();
+    bus.idle().await.unwrap();
+    within(bus.advance(Duration::from_secs(8))).await.unwrap();
+    let expected = [("quick", 1, 0), ("slow", 1, 0), ("quick", 2, 1), ("quick", 3, 2)];
+    let (mut first, mut rest) = (seen.lock().unwrap().clone(), Vec::new());
+    rest.extend(first.drain(4..));
+    assert_eq!(first, expected);
+    rest.sort_unstable();
+    assert_eq!(rest, [("quick", 4, 3), ("slow", 2, 3), ("slow", 3, 6)]);
+    within(bus.advance(Duration::from_secs(3600))).await.unwrap();
+    assert_eq!(seen.lock().unwrap().last(), Some(&("slow", 4, 9)));
+    assert_eq!(bus.dead_count(Default::default()).await.unwrap(), 0);
+}
+
+/// A stuck handler of one subscription holds up neither time nor the others.
+#[tokio::test]
+async fn time_goes_on_beside_a_handler_that_never_returns() {
+    let bus = test_bus();
+    bus.subscribe("n", from_fn(|_| std::future::pending()), SubscribeOptions::new("stuck")).await.unwrap();
+    let runs = Arc::new(AtomicU32::new(0));
+    let counted = runs.clone();
+    let handler = from_fn(move |job| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async move { if job.attempt < 3 { fail() } else { Outcome::Done } }
+    });
+    bus.subscribe("n", handler, SubscribeOptions::new("fails")).await.unwrap();
+    bus.publish(now(event("n"))).await.unwrap();
+    within(bus.advance(Duration::from_secs(3600))).await.unwrap();
+    assert_eq!(runs.load(Ordering::SeqCst), 3);
 }
 
 #[tokio::test]
@@ -74,9 +128,9 @@ async fn a_handler_that_never_returns_is_cancelled_and_retried() {
     while runs.load(Ordering::SeqCst) == 0 {
         tokio::task::yield_now().await;
     }
-    bus.advance(Duration::from_secs(6)).unwrap();
+    bus.advance(Duration::from_secs(6)).await.unwrap();
     bus.idle().await.unwrap();
-    bus.advance(Duration::from_secs(2)).unwrap();
+    bus.advance(Duration::from_secs(2)).await.unwrap();
     bus.idle().await.unwrap();
     assert_eq!(runs.load(Ordering::SeqCst), 2);
     assert_eq!(subscription.counters().timed_out.load(Ordering::SeqCst), 1);
@@ -132,17 +186,20 @@ async fn a_paused_subscription_starts_nothing_and_goes_on_when_resumed() {
     let subscription = bus.subscribe("**", handler, SubscribeOptions::new("s")).await.unwrap();
     bus.publish(now(event("a"))).await.unwrap();
     bus.idle().await.unwrap();
-    subscription.pause();
-    bus.publish(now(event("a"))).await.unwrap();
-    // The take that was under way may bring it; it is handed back.
-    while bus.group_stats("test/s").await.unwrap().lag == 0 {
-        tokio::task::yield_now().await;
+    for run in 2..50 {
+        subscription.pause();
+        bus.publish(now(event("a"))).await.unwrap();
+        // The take that was under way may bring it; it is handed back.
+        while bus.group_stats("test/s").await.unwrap().lag == 0 {
+            tokio::task::yield_now().await;
+        }
+        within(bus.idle()).await.unwrap(); // it has nothing to do
+        assert_eq!(runs.load(Ordering::SeqCst), run - 1);
+        subscription.resume();
+        within(bus.idle()).await.unwrap(); // and from now on it has
+        assert_eq!(runs.load(Ordering::SeqCst), run);
+        assert_eq!(subscription.counters().completed.load(Ordering::SeqCst), u64::from(run));
     }
-    assert_eq!(runs.load(Ordering::SeqCst), 1);
-    subscription.resume();
-    bus.idle().await.unwrap();
-    assert_eq!(runs.load(Ordering::SeqCst), 2);
-    assert_eq!(subscription.counters().completed.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test]
@@ -164,10 +221,10 @@ async fn an_open_breaker_waits_for_the_clock() {
     }
     bus.idle().await.unwrap(); // not for ever, although three are ready
     assert_eq!((runs.load(Ordering::SeqCst), subscription.breaker()), (2, Some(Phase::Open)));
-    bus.advance(Duration::from_secs(299)).unwrap();
+    bus.advance(Duration::from_secs(299)).await.unwrap();
     bus.idle().await.unwrap();
     assert_eq!(runs.load(Ordering::SeqCst), 2);
-    bus.advance(Duration::from_secs(1)).unwrap();
+    bus.advance(Duration::from_secs(1)).await.unwrap();
     bus.idle().await.unwrap();
     assert_eq!((runs.load(Ordering::SeqCst), subscription.breaker()), (7, Some(Phase::Closed)));
     let text = polybus_core::metrics::render(&bus);
@@ -197,7 +254,7 @@ async fn a_batch_that_is_not_full_waits_for_the_clock() {
     bus.idle().await.unwrap();
     assert_eq!(seen.try_recv().ok(), Some(3));
     assert_eq!(seen.try_recv().ok(), None);
-    bus.advance(Duration::from_secs(5)).unwrap();
+    bus.advance(Duration::from_secs(5)).await.unwrap();
     bus.idle().await.unwrap();
     assert_eq!(seen.try_recv().ok(), Some(1));
 }
@@ -243,7 +300,7 @@ async fn a_handled_key_is_forgotten_after_its_retention_and_not_before() {
     };
     let subscription = bus.subscribe("paid", handler, options).await.unwrap();
     for (wait, expected) in [(0, 1), (59, 1), (1, 2), (59, 2)] {
-        bus.advance(Duration::from_secs(wait)).unwrap();
+        bus.advance(Duration::from_secs(wait)).await.unwrap();
         bus.publish(now(with_key("k"))).await.unwrap();
         bus.idle().await.unwrap();
         assert_eq!(runs.load(Ordering::SeqCst), expected, "{wait} s later");
@@ -255,7 +312,7 @@ async fn a_handled_key_is_forgotten_after_its_retention_and_not_before() {
 async fn a_published_key_is_forgotten_after_an_hour_and_not_before() {
     let bus = test_bus();
     for (wait, duplicate) in [(0, false), (3599, true), (1, false), (3599, true)] {
-        bus.advance(Duration::from_secs(wait)).unwrap();
+        bus.advance(Duration::from_secs(wait)).await.unwrap();
         let receipts = bus.publish(now(with_key("k"))).await.unwrap();
         assert_eq!(receipts[0].duplicate, duplicate, "{wait} s later");
     }
@@ -281,5 +338,12 @@ async fn an_injected_duplicate_is_absorbed_by_the_subscription() {
         assert_eq!(runs.load(Ordering::SeqCst), number as u32 + 1);
         // Without moving time: who waits for the key goes on when it is free.
         assert_eq!(subscription.counters().duplicates.load(Ordering::SeqCst), number as u64 + 1);
+    }
+    let text = polybus_core::metrics::render(&bus);
+    for status in ["completed", "duplicate"] {
+        let line = text.lines().find(|line| {
+            line.starts_with("polybus_events_processed_total{") && line.contains(&format!("status=\"{status}\""))
+        });
+        assert!(line.is_some_and(|line| line.ends_with("} 2")), "{status}: {text}");
     }
 }

@@ -31,7 +31,7 @@ async def main(url: str, bus_name: str) -> None:
                     event = Event.create(command["type"], raw=command["payload"].encode(), **meta)
                     tell({"published": (await bus.publish(event)).id})
                 case "subscribe":
-                    handler = handler_for(command)
+                    handler = batch_handler_for(command) if "batch" in command else handler_for(command)
                     subscriptions.append(
                         await bus.subscribe(
                             command["pattern"],
@@ -40,6 +40,7 @@ async def main(url: str, bus_name: str) -> None:
                             group=command["group"],
                             ordered=command.get("ordered", False),
                             idempotent=key_of if command.get("once") else False,
+                            batch={"size": command["batch"], "wait": 10} if "batch" in command else False,
                             retry=RetryPolicy(max_retries=1, initial_delay=0.005, jitter="none"),
                         )
                     )
@@ -140,6 +141,15 @@ def handler_for(command: dict[str, Any]) -> Any:
             await asyncio.Event().wait()
         if command.get("fail"):
             raise ValueError("as the test wants ☃")
+
+    return handler
+
+
+def batch_handler_for(command: dict[str, Any]) -> Any:
+    async def handler(events: list[Event[Any]]) -> None:
+        tell({"batch": [[event.raw.decode(), event.delivery.attempt] for event in events if event.delivery]})
+        if any(event.payload == command.get("hang") for event in events):
+            await asyncio.Event().wait()
 
     return handler
 

@@ -36,7 +36,14 @@ for await (const line of createInterface({ input: process.stdin })) {
     const retry = { maxRetries: 1, initialDelayMs: 5, jitter: 'none' } as const
     const { name, group, ordered, once } = command
     const options = { name, group, ordered, idempotent: once && text, retry }
-    subscriptions.push(await bus.subscribe(command.pattern, handler, options))
+    if (command.batch) {
+      const together = async (events: Event<unknown>[]) => {
+        tell({ batch: events.map((event) => [text(event), event.delivery?.attempt]) })
+        if (events.some((event) => event.payload === command.hang)) await new Promise(() => {})
+      }
+      const batch = { size: command.batch, waitMs: 10_000 }
+      subscriptions.push(await bus.subscribe(command.pattern, together, { ...options, batch }))
+    } else subscriptions.push(await bus.subscribe(command.pattern, handler, options))
     tell({ subscribed: command.name })
   } else if (command.do === 'trace') {
     const spanProcessors = [new SimpleSpanProcessor(exporter)]

@@ -225,6 +225,35 @@ def test_an_event_that_kills_its_process_ends_as_poison(stage: Stage) -> None:
     assert [letter["reason"] for letter in letters] == ["poison"]
 
 
+@pytest.mark.parametrize("languages", [["python", "node"], ["node", "python"]])
+def test_an_event_that_kills_the_process_of_its_batch_ends_alone(stage: Stage, languages: list[str]) -> None:
+    """X7 for batches: the first of five ends every process that gets it, the others are handled."""
+    giver, handled = stage.actor("rust"), []
+    for number in range(4):
+        actor = stage.actor(languages[number % 2])
+        actor.ask("subscribed", "subscribe", pattern="n", name="s", group="g", batch=5, hang=0)
+        if number == 0:
+            for payload in range(5):
+                giver.ask("published", "publish", type="n", payload=str(payload), meta={})
+            assert actor.wait("batch")["batch"] == [[str(payload), 1] for payload in range(5)]
+        while 0 < number < 3 or (number == 3 and len(handled) < 4):
+            batch = actor.wait("batch")["batch"]
+            assert len(batch) == 1, batch
+            assert batch[0][1] > 1
+            if batch[0][0] == "0":
+                assert batch[0][1] == number + 1
+                break
+            handled.append(batch[0][0])
+        if number < 3:
+            actor.kill()
+    deadline = time.monotonic() + DEADLINE
+    while not (letters := giver.ask("dead", "dead")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # a store tells only when asked
+    assert [(letter["reason"], letter["payload"]) for letter in letters] == [("poison", "0")]
+    assert sorted(handled) == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("killed", ["python", "node"])
 def test_two_languages_keep_the_order_of_each_key(stage: Stage, tmp_path: Path, killed: str) -> None:
     """W9 across processes: one of the two is killed in the middle, and nothing overtakes what it held."""

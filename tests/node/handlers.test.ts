@@ -47,6 +47,34 @@ test('a failing handler is retried, then buried with its error, then replayed', 
   await assert.rejects(bus.deadLetters.purge(undefined as never), { code: 'invalid_config' })
 })
 
+test('time goes from one due time to the next', async () => {
+  const bus = testBus()
+  const attempts: number[] = []
+  bus.on('a', { retry: { maxRetries: 3, initialDelayMs: 1000, factor: 1, jitter: 'none' } }, function fails(event) {
+    attempts.push(event.delivery.attempt)
+    if (event.delivery.attempt < 3) throw new Error('not yet')
+  })
+  await bus.publish('a', 1)
+  await bus.idle()
+  await bus.advance(10_000)
+  assert.deepEqual(attempts, [1, 2, 3])
+  await bus.close()
+})
+
+test('idle does not wait for what is paused', async () => {
+  const bus = testBus()
+  const seen: unknown[] = []
+  const subscription = await bus.subscribe('a', (event) => void seen.push(event.payload), { name: 'a' })
+  subscription.pause()
+  await bus.publish('a', 1)
+  await bus.idle()
+  assert.deepEqual(seen, [])
+  subscription.resume()
+  await bus.idle()
+  assert.deepEqual(seen, [1])
+  await bus.close()
+})
+
 test('Retry decides when, Reject decides never', async () => {
   const bus = testBus()
   const seen: number[] = []

@@ -66,6 +66,7 @@ for (const transport of ['sqlite', 'redis'].filter((name) => transports.includes
       }
       await absorbed(4, subscription)
       assert.deepEqual(seen.sort(), [1, 2])
+      assert.match(bus.metrics(), /polybus_events_processed_total\{.*status="duplicate"\} 4\n/)
     })
 
     test('a function tells the key, in all members of the group', async () => {

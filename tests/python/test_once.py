@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -61,6 +62,7 @@ async def test_an_event_is_handled_once_by_its_own_key(store: Store) -> None:
         await absorbed("x", 4, bus)
         assert sorted(seen) == [1, 2]
         assert f'polybus_duplicates_total{{service="shop",bus="{store.name}"' in bus.metrics()
+        assert re.search(r'polybus_events_processed_total\{.*status="duplicate"\} 4\n', bus.metrics())
 
 
 @pytest.mark.every_transport

@@ -65,6 +65,23 @@ async def test_time_stands_still_until_it_is_moved() -> None:
         assert (letter.reason, letter.attempts) == ("exhausted", 3)
 
 
+async def test_time_goes_from_one_due_time_to_the_next() -> None:
+    async with TestBus() as bus:
+        attempts: list[int] = []
+
+        async def handler(event: Event[Any]) -> None:
+            assert event.delivery is not None
+            attempts.append(event.delivery.attempt)
+            if event.delivery.attempt < 3:
+                raise ValueError
+
+        await bus.subscribe("x", handler, name="x", retry=RetryPolicy(3, initial_delay=1, factor=1, jitter="none"))
+        await bus.publish("x")
+        await bus.idle()
+        await bus.advance(10)
+        assert attempts == [1, 2, 3]
+
+
 async def test_delays_expiry_and_timeouts_follow_the_test() -> None:
     async with TestBus() as bus:
         mock = bus.mock_handler("x")
@@ -112,6 +129,19 @@ async def test_advance_does_not_wait_for_ever() -> None:
         await bus.advance(5)
         gate.set()
         await bus.idle()
+
+
+async def test_idle_does_not_wait_for_what_is_paused() -> None:
+    async with TestBus() as bus:
+        seen: list[int] = []
+        subscription = await bus.subscribe("x", lambda event: seen.append(event.payload), name="x")
+        subscription.pause()
+        await bus.publish("x", 1)
+        await asyncio.wait_for(bus.idle(), 20)
+        assert seen == []
+        subscription.resume()
+        await asyncio.wait_for(bus.idle(), 20)
+        assert seen == [1]
 
 
 async def test_with_retry() -> None:

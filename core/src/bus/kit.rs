@@ -7,6 +7,11 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::pattern::Pattern;
 
+/// How long time waits for handlers before it moves, how long at each step, and how often in vain until it leaps to its end.
+const BEFORE: Duration = Duration::from_millis(200);
+const STEP: Duration = Duration::from_secs(1);
+const STUCK: u32 = 5;
+
 /// These need a bus with `virtual_clock`, else `Unsupported`.
 impl Bus {
     fn kit(&self) -> Result<&Kit> {
@@ -35,14 +40,34 @@ impl Bus {
         Ok(())
     }
 
-    /// Moves time: retries, delays, expiries and handler deadlines that fall due happen now.
-    pub fn advance(&self, by: Duration) -> Result<()> {
-        self.kit().map(|_| self.0.clock.advance(by))
+    /// Moves time, from one due time to the next: retries, delays and handler deadlines that fall due on the way happen
+    /// each at its time, and what they schedule within it, too. Handlers that do not end are waited for briefly, in real
+    /// time: their deadline may be what is waited for.
+    pub async fn advance(&self, by: Duration) -> Result<()> {
+        self.kit()?;
+        let (transport, clock) = (self.open().await?, &self.0.clock);
+        let target = clock.elapsed().saturating_add(by);
+        let (mut patience, mut stuck, mut arrived) = (BEFORE, 0, false);
+        loop {
+            let due = match tokio::time::timeout(patience, transport.idle()).await {
+                Ok(due) => due?,
+                Err(_) => {
+                    stuck += 1;
+                    None // what it waits for by the clock is among the timers by now
+                }
+            };
+            if arrived {
+                return Ok(());
+            }
+            let next = [due, clock.next_timer()].into_iter().flatten().min().filter(|_| stuck < STUCK);
+            clock.move_to(next.map_or(target, |next| next.min(target)));
+            (patience, arrived) = (STEP, clock.elapsed() >= target);
+        }
     }
 
-    /// Waits until nothing is left to do at this moment of the bus's time.
+    /// Waits until nothing is left to do at this moment of the bus's time. Who is paused has nothing to do.
     pub async fn idle(&self) -> Result<()> {
         self.kit()?;
-        self.open().await?.idle().await
+        self.open().await?.idle().await.map(drop)
     }
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Bus, Session, closed};
-use crate::error::{Error, ErrorKind, Result};
+use super::{Bus, Session};
+use crate::error::{Error, ErrorKind, Result, closed};
 use crate::event::Event;
 use crate::handler::Handler;
 use crate::options::{RequestOptions, SubscribeOptions};

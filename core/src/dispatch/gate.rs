@@ -65,20 +65,22 @@ impl Dispatcher {
     }
 
     /// Tells the source of a test bus what only waits for the clock.
-    pub(super) fn rest(&self, held: &mut Held) {
-        if !self.clock.is_virtual() || (held.breaker.is_none() && held.batches.is_none()) {
+    pub(super) fn rest(&self, held: &Held) {
+        if !self.clock.is_virtual() {
             return;
         }
+        // Held while the source is told: who resumes the subscription meanwhile has the last word.
+        let wish = self.wish.borrow();
         let open = held.breaker.as_ref().and_then(Breaker::due);
-        let filling = held.batches.as_ref().and_then(Batches::due);
+        let fills = held.buffered.front().is_none_or(|delivery| !self.is_last(delivery));
+        let filling = held.batches.as_ref().filter(|_| fills).and_then(Batches::due);
         let rest = match (open, filling) {
+            // There is nothing to do until somebody resumes it, who moves no clock.
+            _ if *wish == Wish::Pause => Some(Rest { until: Duration::MAX, takes: false, holds: held.buffered.len() }),
             (Some(until), _) => Some(Rest { until, takes: false, holds: 0 }),
             (None, Some(until)) => Some(Rest { until, takes: true, holds: held.buffered.len() }),
             (None, None) => None,
         };
-        if held.rest != rest {
-            held.rest = rest;
-            self.source.rest(rest);
-        }
+        self.source.rest(rest);
     }
 }

@@ -21,6 +21,7 @@ impl Dispatcher {
     pub(super) fn buffer(&self, held: &mut Held, deliveries: Vec<Delivery>) {
         if let Some(batches) = &mut held.batches {
             batches.arrived(deliveries.len(), self.clock.elapsed());
+            held.wary = deliveries.iter().any(|delivery| self.is_last(delivery));
         }
         held.buffered.extend(deliveries);
     }
@@ -29,6 +30,9 @@ impl Dispatcher {
     pub(super) fn room(&self, held: &Held) -> usize {
         let size = held.batches.as_ref().map_or(1, Batches::size);
         let ours = held.permits() + held.buffered.len() + held.settling + held.unsettled.len();
+        if held.wary {
+            return usize::from(ours == 0).min(self.admitted(held, Wish::Run));
+        }
         let room = (self.rules.concurrency * size + self.rules.prefetch).saturating_sub(ours);
         room.min(self.admitted(held, Wish::Run).saturating_sub(held.buffered.len()))
     }
@@ -68,13 +72,26 @@ impl Dispatcher {
         }
     }
 
-    /// As [`Dispatcher::launch`], many in one call. The last attempt of an event is a batch of its own: what fails its
-    /// batch, or ends its process, buries only itself.
+    /// Whether a handler of batches gets this delivery alone.
+    pub(super) fn is_last(&self, delivery: &Delivery) -> bool {
+        delivery.attempt > 1 && delivery.attempt >= self.rules.retry.max_attempts()
+    }
+
+    /// As [`Dispatcher::launch`], many in one call. The last attempt of an event is a batch of its own, and nothing else is
+    /// here meanwhile: what fails its batch, or ends its process, buries only itself.
     fn launch_batches(&self, held: &mut Held, reporter: &Reporter, now: Duration) {
-        let alone = |delivery: &Delivery| delivery.attempt > 1 && delivery.attempt >= self.rules.retry.max_attempts();
+        let alone = |delivery: &Delivery| self.is_last(delivery);
         loop {
+            let last = held.buffered.front().is_some_and(alone);
+            if last {
+                // What is given back must be stored first: the process may not get to it any more.
+                self.hand_back(held, 1);
+                if held.permits() + held.settling + held.unsettled.len() > 0 {
+                    return;
+                }
+            }
             let Some(batches) = &held.batches else { return };
-            let ready = batches.is_ready(held.buffered.len(), now) || held.buffered.front().is_some_and(alone);
+            let ready = last || batches.is_ready(held.buffered.len(), now);
             if !ready || batches.calls() >= self.rules.concurrency || !held.may_begin() {
                 return;
             }

@@ -7,6 +7,7 @@ use crate::delivery::{Body, Delivery, Verdict};
 use crate::error::Result;
 use crate::event::{Event, Text};
 use crate::handler::Reporter;
+use crate::metrics::{Origin, Status};
 use crate::options::Key;
 use crate::subscription::{Counters, Wish};
 use crate::transport::{Begun, Settlement, Task};
@@ -50,8 +51,12 @@ impl Dispatcher {
                     continue;
                 }
                 (Begun::Run, _) => Verdict::Release,
-                (Begun::Duplicate, _) => {
+                (Begun::Duplicate, body) => {
                     Counters::count(&self.counters.duplicates);
+                    if let Body::Event(event) = &body {
+                        let attempts = &self.counters.attempts;
+                        attempts.change(Origin::of(event), |attempts| attempts.ended(Status::Duplicate, None));
+                    }
                     log::debug!("{}: a delivery was absorbed, its key was handled before", self.rules.label);
                     Verdict::Ack
                 }

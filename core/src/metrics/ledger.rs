@@ -26,10 +26,13 @@ pub(crate) enum Status {
     DeadLettered,
     Dropped,
     Released,
+    /// Absorbed by an idempotent subscription.
+    Duplicate,
 }
 
 impl Status {
-    pub const ALL: [Self; 5] = [Self::Completed, Self::Retried, Self::DeadLettered, Self::Dropped, Self::Released];
+    pub const ALL: [Self; 6] =
+        [Self::Completed, Self::Retried, Self::DeadLettered, Self::Dropped, Self::Released, Self::Duplicate];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,6 +41,7 @@ impl Status {
             Self::DeadLettered => "dead_lettered",
             Self::Dropped => "dropped",
             Self::Released => "released",
+            Self::Duplicate => "duplicate",
         }
     }
 }
@@ -162,6 +166,6 @@ mod tests {
         }
         attempts.ended(Status::DeadLettered, None);
         assert_eq!(attempts.buckets, [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]);
-        assert_eq!((attempts.ended, attempts.busy), ([4, 0, 1, 0, 0], Duration::from_millis(60_004)));
+        assert_eq!((attempts.ended, attempts.busy), ([4, 0, 1, 0, 0, 0], Duration::from_millis(60_004)));
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{Address, Counts, REPLY_FOR, REPLY_STATUS, header, secret, strip};
 use crate::codec;
-use crate::error::{Error, ErrorKind, Remote, Result};
+use crate::error::{Error, ErrorKind, Remote, Result, closed};
 use crate::event::{Event, Text};
 use crate::transport::{Mailbox, Transport};
 
@@ -136,7 +136,7 @@ impl Expected {
     /// The reply; `HandlerError` with what the responder's handler raised.
     pub async fn reply(&mut self) -> Result<Event> {
         // The sender is dropped only with the desk's entry, which is ours.
-        let reply = (&mut self.reply).await.unwrap_or_else(|_| Err(Error::bus_closed("the bus is closed")))?;
+        let reply = (&mut self.reply).await.unwrap_or_else(|_| Err(closed()))?;
         codec::check_payload(&reply.payload, self.desk.limit)?;
         let failed = header(&reply.meta, REPLY_STATUS) == Some("error");
         if failed { Err(remote(&reply)) } else { Ok(reply.with_meta(strip)) }

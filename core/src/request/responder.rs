@@ -18,6 +18,8 @@ use crate::process;
 use crate::retry::RetryPolicy;
 use crate::transport::Transport;
 
+/// A reply is kept for so much longer than somebody waits for it: a requester that reads it too late counts it.
+const KEPT: Duration = Duration::from_secs(5);
 /// Before a post is repeated that failed.
 const AGAIN: Duration = Duration::from_millis(50);
 
@@ -144,7 +146,7 @@ impl Shared {
         }
     }
 
-    /// Posts the answer for as long as somebody waits for it.
+    /// Posts the answer while somebody waits for it.
     async fn answer(self: Arc<Self>, asked: Asked, said: Result<Bytes, Failure>) {
         let Address { mailbox, within, .. } = &asked.address;
         let letter = match self.letter(&asked, said) {
@@ -157,7 +159,7 @@ impl Shared {
                 Counts::count(&self.facts.counts.late);
                 return log::debug!("the reply to {} is too late", asked.event.event_type);
             };
-            match self.facts.transport.post(mailbox.clone(), letter.clone(), left).await {
+            match self.facts.transport.post(mailbox.clone(), letter.clone(), left + KEPT).await {
                 Ok(()) => return Counts::count(&self.facts.counts.replies),
                 // A second copy, should the first have arrived, is dropped by the requester.
                 Err(error) if error.is_retryable() => {

@@ -260,8 +260,9 @@ pub trait Transport: Send + Sync + 'static {
     /// group that does not exist.
     fn replay(&self, step: ReplayStep) -> Task<Result<ReplayBatch>>;
 
-    /// Waits until nothing is left to do at this moment of the transport's clock. Only with a stopped clock.
-    fn idle(&self) -> Task<Result<()>> {
+    /// Waits until nothing is left to do at this moment of the transport's clock. Resolves to when there is something
+    /// again, as far as that is known. Only with a stopped clock.
+    fn idle(&self) -> Task<Result<Option<Duration>>> {
         Box::pin(std::future::ready(Err(Error::unsupported("only a test bus can wait until it is idle"))))
     }
 

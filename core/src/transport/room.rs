@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, closed};
 
 /// What a publish does when there is no room for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,7 +47,7 @@ impl Room {
             Err(_) => {}
         }
         match tokio::time::timeout_at(deadline, self.free.clone().acquire_many_owned(weight)).await {
-            Ok(permit) => permit.map_err(|_| Error::bus_closed("the bus is closed; call start() to open it again")),
+            Ok(permit) => permit.map_err(|_| closed()),
             Err(_) => Err(self.full("stayed full until the timeout passed")),
         }
     }

@@ -270,6 +270,12 @@ impl Group {
         self.waiting.first_key_value().map(|((due, _), _)| *due)
     }
 
+    /// When something is due for the first time after `now`.
+    pub fn next_after(&self, now: Duration) -> Option<Duration> {
+        let waiting = self.waiting.keys().map(|(due, _)| *due).find(|due| *due > now);
+        self.resting.values().map(|rest| rest.until).filter(|until| *until > now).chain(waiting).min()
+    }
+
     /// What is not finished: whether it is leased, and when it is due if it waits for a time.
     pub fn unfinished(&self) -> impl Iterator<Item = (&Pending, bool, Option<Duration>)> {
         let ready = self.ready.iter().map(|pending| (pending, false, None));

@@ -204,12 +204,9 @@ impl Transport for Memory {
         Box::pin(std::future::ready(self.store.replay_log(&step)))
     }
 
-    fn idle(&self) -> Task<Result<()>> {
+    fn idle(&self) -> Task<Result<Option<Duration>>> {
         let store = self.store.clone();
-        Box::pin(async move {
-            store.idle().await;
-            Ok(())
-        })
+        Box::pin(async move { Ok(store.idle().await) })
     }
 
     fn close(&self) -> Task<()> {

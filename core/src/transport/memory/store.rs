@@ -346,12 +346,17 @@ impl Store {
         (before - state.dead.len()) as u64
     }
 
-    /// Waits until no group with a member has anything to run now. What waits for a time does not count.
-    pub async fn idle(&self) {
+    /// Waits until no group with a member has anything to run now. What waits for a time does not count; the first such
+    /// time is the answer.
+    pub async fn idle(&self) -> Option<Duration> {
         loop {
             let ended = self.ended.notified();
-            if self.state().is_idle(self.clock.elapsed()) {
-                return;
+            let now = self.clock.elapsed();
+            {
+                let state = self.state();
+                if state.is_idle(now) {
+                    return state.next_due(now);
+                }
             }
             ended.await;
         }
@@ -577,5 +582,11 @@ impl State {
     fn is_idle(&self, now: Duration) -> bool {
         self.delayed.first_key_value().is_none_or(|((due, _), _)| *due > now)
             && self.groups.values().filter(|group| group.members > 0).all(|group| group.is_idle(now))
+    }
+
+    fn next_due(&self, now: Duration) -> Option<Duration> {
+        let groups = self.groups.values().filter(|group| group.members > 0);
+        let delayed = self.delayed.keys().map(|(due, _)| *due).find(|due| *due > now);
+        groups.filter_map(|group| group.next_after(now)).chain(delayed).min()
     }
 }

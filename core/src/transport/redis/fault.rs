@@ -3,6 +3,7 @@
 use redis::{ErrorKind as Cause, RedisError, ServerErrorKind, Value};
 
 use super::scripts;
+pub(super) use crate::error::closed;
 use crate::error::{Error, ErrorKind};
 
 /// A command that did not succeed.
@@ -120,8 +121,4 @@ pub(super) fn check(value: Value) -> Result<Value, Failure> {
 /// An answer that this version does not understand.
 pub(super) fn strange(what: &str) -> Error {
     Error::connection_failed(format!("Redis gave an answer that polybus does not understand: {what}"))
-}
-
-pub(super) fn closed() -> Error {
-    Error::bus_closed("the bus is closed; call start() to open it again")
 }

@@ -43,6 +43,8 @@ pub(super) struct Held {
     pub until: i64,
     /// Of an idempotent subscription.
     pub mark: Option<Box<Mark>>,
+    /// As the entry of the log says, by the server's clock; the store of work keeps it with the event.
+    pub expires: Option<i64>,
     /// Its time ran out before a handler got it.
     pub expired: bool,
 }
@@ -141,7 +143,7 @@ impl Hold {
     }
 
     /// What waits here and another could handle. An event that cannot be decoded, or has expired, needs no handler, and the
-    /// group's store of work would not tell its codec or its expiry.
+    /// group's store of work would not tell its codec.
     pub fn surplus(&self) -> Vec<Delivery> {
         let mut ready = lock(&self.ready);
         let (surplus, rest): (Vec<_>, Vec<_>) =

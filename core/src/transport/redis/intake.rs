@@ -89,13 +89,14 @@ impl Member {
 
     /// Keeps an entry of ours, delivered `count` times, if the group wants it. Whether it does.
     fn sort(&self, state: &mut State, mut entry: Entry, count: u64, sent: i64) -> bool {
-        let expired = entry.number("x").is_some_and(|at| at <= self.partition.now());
+        let expires = entry.number("x");
+        let expired = expires.is_some_and(|at| at <= self.partition.now());
         let event_type = entry.take("t");
         let wanted = event_type
             .as_ref()
             .is_none_or(|found| std::str::from_utf8(found).map_or(true, |found| state.pattern.matches(found)));
         if wanted && (!expired || self.keeps_expired()) {
-            self.keep(entry, event_type, count, sent, expired);
+            self.keep(entry, event_type, count, sent, (expires, expired));
         } else {
             state.expired += usize::from(wanted);
             state.skipped.push(entry.id);
@@ -103,7 +104,14 @@ impl Member {
         wanted
     }
 
-    fn keep(&self, mut entry: Entry, event_type: Option<Bytes>, count: u64, sent: i64, expired: bool) {
+    fn keep(
+        &self,
+        mut entry: Entry,
+        event_type: Option<Bytes>,
+        count: u64,
+        sent: i64,
+        (expires, expired): (Option<i64>, bool),
+    ) {
         let codec_name = entry.take("c");
         // Without the event, whatever is there stands for it in the dead letter.
         let event = entry.take("e").unwrap_or_else(|| {
@@ -120,6 +128,7 @@ impl Member {
             first_failed: None,
             until: sent + self.lease,
             mark: None,
+            expires,
             expired,
         };
         self.hold.add(held, self.max_payload, codec_name.as_deref());
@@ -128,8 +137,10 @@ impl Member {
     pub(super) async fn take_due(&self, room: usize) -> Result<(), Failure> {
         let sent = time::boot_ms();
         let prefix = format!("{}:{}:", self.consumer, self.takes.fetch_add(1, Ordering::Relaxed));
-        let mut command = scripts::DUE.call(&[&self.keys.retry, &self.keys.held, &self.keys.work]);
+        let mut command =
+            scripts::DUE.call(&[&self.keys.retry, &self.keys.held, &self.keys.work, &self.partition.keys.counts]);
         command.arg(prefix).arg(self.lease).arg(room).arg(BYTES);
+        command.arg(&*self.group).arg(if self.keeps_expired() { "1" } else { "" });
         let answer = self.partition.work.script(&scripts::DUE, &command, self.partition.patience()).await;
         let mut facts = value::list(answer.inspect_err(|_| lock(&self.state).due = Some(0))?)?.into_iter();
         let mut head = || facts.next().map_or(Ok(0), value::number);
@@ -139,8 +150,8 @@ impl Member {
         if lost > 0 {
             log::warn!("group {}: {lost} waiting deliveries had lost their events", self.group);
         }
-        while let (Some(id), Some(event), Some(attempt), Some(failed), Some(token)) =
-            (facts.next(), facts.next(), facts.next(), facts.next(), facts.next())
+        while let (Some(id), Some(event), Some(attempt), Some(failed), Some(token), Some(late)) =
+            (facts.next(), facts.next(), facts.next(), facts.next(), facts.next(), facts.next())
         {
             let event = value::bytes(event)?;
             let held = Held {
@@ -153,7 +164,8 @@ impl Member {
                 first_failed: value::text(failed)?.parse().ok(),
                 until: sent + self.lease,
                 mark: None,
-                expired: false, // the store of work keeps no expiry
+                expires: None,
+                expired: value::number(late)? == 1,
             };
             self.hold.add(held, self.max_payload, None);
         }

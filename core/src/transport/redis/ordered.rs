@@ -111,6 +111,7 @@ impl Member {
                 first_failed: value::text(next(failed))?.parse().ok(),
                 until: sent + self.lease,
                 mark: None,
+                expires: None,
                 expired: value::number(next(late))? == 1,
             };
             let codec = Some(value::bytes(next(codec))?).filter(|codec| !codec.is_empty());

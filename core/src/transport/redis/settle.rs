@@ -159,6 +159,7 @@ impl Member {
             let event: &[u8] = if copies { &held.event } else { b"" };
             command.arg(&held.event_type[..]).arg(event).arg(reason);
             command.arg(&failure.kind).arg(&failure.message).arg(&failure.stack);
+            command.arg(held.expires.map_or(String::new(), |at| at.to_string()));
         }
         command
     }

@@ -2,6 +2,7 @@
 
 use rusqlite::ErrorCode;
 
+pub(super) use crate::error::closed;
 use crate::error::{Error, ErrorKind};
 
 impl From<rusqlite::Error> for Error {
@@ -38,11 +39,6 @@ pub(super) fn is_damage(cause: &rusqlite::Error) -> bool {
 /// A handle that was carried over a fork.
 pub(super) fn forked() -> Error {
     Error::connection_failed("this bus was opened before the process forked; open a bus in the child process")
-}
-
-/// The store was closed.
-pub(super) fn closed() -> Error {
-    Error::bus_closed("the bus is closed; open a new one")
 }
 
 /// A publish that did not start in time.

@@ -14,6 +14,7 @@ crate::behaviours![
     a_batch_that_is_not_full_waits: ack,
     some_of_a_batch_fail: ack + dead_letters,
     one_bad_event_buries_only_itself: ack + dead_letters,
+    a_last_attempt_holds_nothing_else: ack,
     a_batch_that_runs_too_long_comes_again: ack,
     a_batch_that_is_not_full_goes_back: ack,
     a_batch_must_fit_into_the_buffer: ack,
@@ -149,6 +150,40 @@ async fn one_bad_event_buries_only_itself(world: World) {
     while let Ok(batch) = seen.try_recv() {
         assert!(batch.len() == 1 || batch.iter().all(|job| job.attempt < 4), "a last attempt in company");
     }
+}
+
+/// Whatever is held when a process ends counts as an attempt of it.
+async fn a_last_attempt_holds_nothing_else(world: World) {
+    let bus = world.bus();
+    let entered = Arc::new(tokio::sync::Semaphore::new(0));
+    let leave = entered.clone();
+    let options = SubscribeOptions { retry: Some(quick(1)), ..batches(5, NEVER) };
+    let (_, mut seen) = gather(&bus, options, move |jobs| {
+        let leave = leave.clone();
+        async move {
+            if jobs[0].attempt == 1 {
+                return each(&jobs, |_| failed());
+            }
+            leave.acquire().await.unwrap().forget();
+            content(&jobs)
+        }
+    })
+    .await;
+    publish_at_once(&bus, 5).await;
+    assert_eq!(next(&mut seen).await.len(), 5);
+    let mut all = Vec::new();
+    for left in (0..5).rev() {
+        let batch = next(&mut seen).await;
+        let stats = bus.group_stats("test/s").await.unwrap();
+        assert_eq!((batch.len(), batch[0].attempt), (1, 2));
+        assert_eq!((stats.in_flight, stats.lag + stats.retrying), (1, left));
+        all.extend(batch);
+        entered.add_permits(1);
+    }
+    assert_eq!(numbers(&all), [0, 1, 2, 3, 4]);
+    finished(&bus, "test/s").await;
+    publish_at_once(&bus, 5).await;
+    assert_eq!(next(&mut seen).await.len(), 5, "and then as before");
 }
 
 async fn a_batch_that_runs_too_long_comes_again(world: World) {

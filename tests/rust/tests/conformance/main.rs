@@ -4,6 +4,7 @@
 
 mod batches;
 mod delivery;
+mod expiry;
 mod flow;
 mod history;
 mod lifecycle;
@@ -60,6 +61,7 @@ fn run() -> Conclusion {
         ("batches", batches::ALL),
         ("once", once::ALL),
         ("history", history::ALL),
+        ("expiry", expiry::ALL),
     ];
     let mut trials = Vec::new();
     for transport in transports().into_iter().filter(|transport| asked_for(&arguments, transport)) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 use polybus_conformance::*;
 use polybus_core::bus::new_event;
 use polybus_core::handler::Outcome;
-use polybus_core::transport::Outgoing;
+use polybus_core::transport::{GroupSpec, Outgoing};
 use polybus_core::{BusOptions, ErrorKind, SubscribeOptions};
 
 crate::behaviours![
@@ -18,9 +18,13 @@ crate::behaviours![
     a_delayed_event_is_not_early: delayed_publish,
     an_expired_event_is_counted_not_handled: delayed_publish + ack,
     closed_bus_refuses,
+    a_closed_store_says_the_same: cross_process,
     what_was_confirmed_before_close_arrives,
     payloads_with_nul_and_huge_numbers_survive,
 ];
+
+/// What a closed bus says, whoever is asked.
+const CLOSED: &str = "the bus is closed; call start() to open it again";
 
 /// W1, N7, X43: payload bytes, ids, headers and unknown members are the same on the other side.
 async fn arrives_byte_for_byte(world: World) {
@@ -192,9 +196,24 @@ async fn closed_bus_refuses(world: World) {
     publish(&bus, "a", "1").await;
     bus.close(DEADLINE).await;
     bus.close(DEADLINE).await; // idempotent
-    assert_eq!(bus.publish(vec![outgoing(event("a", "1"))]).await.unwrap_err().kind(), ErrorKind::BusClosed);
+    let refused = bus.publish(vec![outgoing(event("a", "1"))]).await.unwrap_err();
+    assert_eq!((refused.kind(), refused.message()), (ErrorKind::BusClosed, CLOSED));
+    let asked = bus.capabilities().await.unwrap_err();
+    assert_eq!((asked.kind(), asked.message()), (ErrorKind::BusClosed, CLOSED));
     bus.start().await.unwrap(); // N13
     publish(&bus, "a", "2").await;
+}
+
+/// What is under way when a bus closes learns it from the store, in the same words.
+async fn a_closed_store_says_the_same(world: World) {
+    let store = world.transport().await;
+    store.close().await;
+    let published = store.publish(vec![outgoing(event("a", "1"))], DEADLINE).await.unwrap_err();
+    let spec = GroupSpec { broadcast: true, ..world.spec("a", "s", false) };
+    let subscribed = store.subscribe(spec).await.err().unwrap();
+    for refused in [published, subscribed] {
+        assert_eq!((refused.kind(), refused.message()), (ErrorKind::BusClosed, CLOSED));
+    }
 }
 
 /// W10: every publish that returned is received, also when the publisher closes at once.

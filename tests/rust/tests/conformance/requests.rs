@@ -16,6 +16,7 @@ crate::behaviours![
     nobody_answers: request,
     an_unanswered_request_times_out_and_a_late_reply_is_dropped: request,
     the_first_of_several_replies_counts: request,
+    a_reply_that_is_read_too_late_is_still_there: request,
     an_error_ends_the_request_at_once: request,
     what_is_no_payload_is_an_error: request,
     a_responder_may_try_again: request,
@@ -119,6 +120,25 @@ async fn an_unanswered_request_times_out_and_a_late_reply_is_dropped(world: Worl
     }
     assert_eq!(&ask(&asking, "a", "2").await.unwrap().payload[..], b"0");
     finished(&answering, "test/slow").await;
+}
+
+/// So that the requester's bus can count it.
+async fn a_reply_that_is_read_too_late_is_still_there(world: World) {
+    let answering = world.bus();
+    echo(&answering, "a").await;
+    let (mailbox, within_ms) = ("0123456789abcdef0123456789abcdef", 1000);
+    let request = event("a", "1").with_meta(|meta| {
+        meta.headers.push(("polybus-reply-to".into(), format!("{mailbox}.{mailbox}").into()));
+        meta.headers.push(("polybus-reply-within".into(), within_ms.to_string().into()));
+    });
+    answering.publish(vec![outgoing(request)]).await.unwrap();
+    let replies = || async { Ok(answering.request_counts().replies.load(Ordering::Relaxed) == 1) };
+    eventually("it is answered", replies).await;
+    tokio::time::sleep(Duration::from_millis(within_ms)).await; // time itself is what is waited for
+    let store = world.transport().await;
+    let letters = within(store.mailbox(mailbox.into()).unwrap().next()).await.unwrap();
+    assert_eq!(letters.len(), 1);
+    store.close().await;
 }
 
 async fn the_first_of_several_replies_counts(world: World) {

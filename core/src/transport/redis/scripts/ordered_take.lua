@@ -39,9 +39,10 @@ while taken < most and size < bytes and looked < 1000 do
   redis.call('ZREM', retry, id)
   local event, facts, lane = unpack(redis.call('HMGET', work, id, id .. ':facts', id .. ':lane'))
   local attempt, failed, mark, from = string.match(facts or '', '^(%d+)|([^|]*)|([^|]*)|(.*)$')
-  -- What is taken out of its lane for the first time may have expired there, and nobody has matched its type yet.
+  -- It may have expired in its lane, or before its next attempt. When it is new, nobody has matched its type yet.
   local expires, codec, kind = string.match(lane or '', '^[^|]*|[^|]*|([^|]*)|([^|]*)|(.*)$')
-  local late = mark == 'new' and tonumber(expires or '') and tonumber(expires) <= now
+  expires = tonumber(expires or string.match(from or '', '|(%d+)$') or '')
+  local late = expires and expires <= now
   if event and attempt and (keep or not late) then
     lease(id, event, attempt + 1, failed, from, mark == 'new' and kind or '', codec or '', mark == 'new' and 0 or 1, late)
   else
@@ -90,7 +91,11 @@ while taken < most and size < bytes and read < 1000 do
           redis.call('ZADD', lanes, 0, digest .. ':' .. place .. ':' .. id)
         end
       end
-      if active then lease(id, event, 1, '', '', fields.t or '', codec, 0, late) end
+      if active then
+        -- Without a key, nothing but its facts can tell when it expires.
+        local from = fields.x and not (key and key ~= '') and '|' .. fields.x or ''
+        lease(id, event, 1, '', from, fields.t or '', codec, 0, late)
+      end
     end
   end
 end

@@ -1,9 +1,9 @@
 -- Ends leases that the plain XACK may not end: whoever cannot show consumer and delivery count, or the token, changes
 -- nothing. What is copied is copied before anything is removed, so that a full server refuses the whole step.
 -- KEYS events retry held work dead bell
--- ARGV group | consumer | last entry's label | then 13 for each: how it is held (p: pending list, w: work) | id |
+-- ARGV group | consumer | last entry's label | then 14 for each: how it is held (p: pending list, w: work) | id |
 --   fence | verdict (a: ack, r: retry, b: give back, l: give back for later, d: dead) | delay ms | attempt | first failed | type | event |
---   reason | error kind | error message | error stack
+--   reason | error kind | error message | error stack | when it expires, or "" (what is in `work` has that there)
 -- Returns the numbers, from 0, of those that were not ours any more.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -20,12 +20,12 @@ local function ours(held, id, fence)
   return row[1] and row[1][4] == tonumber(fence)
 end
 
-for at = 4, #ARGV, 13 do
+for at = 4, #ARGV, 14 do
   local held, id, fence, verdict = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   if not ours(held, id, fence) then
-    lost[#lost + 1] = (at - 4) / 13
+    lost[#lost + 1] = (at - 4) / 14
   else
-    local event, from = ARGV[at + 8], ''
+    local event, from = ARGV[at + 8], ARGV[at + 13] ~= '' and '|' .. ARGV[at + 13] or ''
     if held == 'w' then
       event = redis.call('HGET', KEYS[4], id)
       from = string.match(redis.call('HGET', KEYS[4], id .. ':facts'), '^%d+|[^|]*|[^|]*|(.*)$')
@@ -41,8 +41,8 @@ for at = 4, #ARGV, 13 do
       if failed == '' then failed = tostring(now) end
       local entry = string.match(id, '^%d+%-%d+$') or ''
       redis.call('XADD', KEYS[5], '*', 't', ARGV[at + 7], 'e', event, 'r', ARGV[at + 9], 'k', ARGV[at + 10],
-        'm', ARGV[at + 11], 's', ARGV[at + 12], 'n', ARGV[at + 5], 'f', failed, 'l', now, 'u', subscription, 'p', from,
-        'i', entry)
+        'm', ARGV[at + 11], 's', ARGV[at + 12], 'n', ARGV[at + 5], 'f', failed, 'l', now, 'u', subscription,
+        'p', string.match(from, '^[^|]*'), 'i', entry)
     end
     if held == 'p' then
       acks[#acks + 1] = id
