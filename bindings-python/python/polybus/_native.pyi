@@ -28,6 +28,7 @@ __all__ = [
     "Receipt",
     "Reporter",
     "RetryPolicy",
+    "cli",
     "error_kinds",
     "nearest",
     "options_from_dict",
