@@ -29,6 +29,7 @@ __all__ = [
     "Receipt",
     "Reporter",
     "RetryPolicy",
+    "cli",
     "error_kinds",
     "nearest",
     "options_from_dict",

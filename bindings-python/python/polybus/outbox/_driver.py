@@ -6,7 +6,8 @@ generator that yields statements and is sent the first column of their rows; so 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
@@ -73,21 +74,24 @@ T = TypeVar("T")
 Steps: TypeAlias = Generator[tuple[str, Any], list[Any], T]
 
 
+@lru_cache(maxsize=256)
+def _families(cls: type) -> list[Callable[[Any], Driver | AsyncDriver | None]]:
+    packages = {each.__module__.partition(".")[0] for each in cls.__mro__}
+    files = sorted({FAMILIES[package] for package in packages & FAMILIES.keys()})
+    return [import_module(f"polybus.outbox.{file}").adapt for file in files]
+
+
+def _django() -> list[Callable[[Any], Driver | AsyncDriver | None]]:
+    return [import_module("polybus.outbox._django").adapt]
+
+
 def find(session: Any, call: str) -> Driver | AsyncDriver:
     """The driver of what the user handed in. `InvalidConfig` lists what there is."""
-    if isinstance(session, str):
-        families = {"_django"}
-    else:
-        # By the class that it says it has: instrumentation wraps connections in proxies.
-        families = {
-            FAMILIES[root]
-            for cls in session.__class__.__mro__
-            if (root := cls.__module__.partition(".")[0]) in FAMILIES
-        }
-    for family in sorted(families):
-        driver = import_module(f"polybus.outbox.{family}").adapt(session)
+    # By the class that it says it has: instrumentation wraps connections in proxies.
+    for adapt in _django() if isinstance(session, str) else _families(session.__class__):
+        driver = adapt(session)
         if driver is not None:
-            return cast("Driver | AsyncDriver", driver)
+            return driver
     kind = f"{session.__class__.__module__}.{session.__class__.__qualname__}"
     raise InvalidConfig(
         f"{call} got a {kind}, which is no open connection that it knows; give {ACCEPTED}; for any other driver run "
