@@ -8,7 +8,6 @@
  */
 export type { SyncTransaction } from './driver.js'
 export { Inbox, type InboxOptions, inbox, type OnceOptions, type PurgeOptions } from './inbox.js'
-export type { Dialect, Statement } from './shape.js'
 export {
   type DeadRow,
   type Decision,
@@ -21,4 +20,5 @@ export {
   type RelayOptions,
   type RelayStats,
 } from './relay.js'
+export type { Dialect, Statement } from './shape.js'
 export { Outbox, type OutboxOptions, type StatementOptions, type StoreOptions, type Style } from './store.js'
