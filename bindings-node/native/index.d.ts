@@ -110,6 +110,71 @@ export declare class NativeBus {
   idle(key: number): string | null
 }
 
+/** Renders statements for one inbox table. */
+export declare class NativeInbox {
+  /** Reads the options. */
+  constructor(json: string)
+  /** `{statement, confirm}`: one row changed means that it is the first time. */
+  mark(dialect: string, style: string, consumer: string, eventId: string): string
+  /** `{statement, confirm}`: the rows changed are those that were deleted. `age` in milliseconds. */
+  purge(dialect: string, style: string, age: number, limit: number): string
+  /** Statements that make the table. */
+  ddl(dialect: string): Array<string>
+  /** What fails if and only if the table cannot be used, `{sql, params}`. */
+  check(dialect: string, style: string): string
+  /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
+  missing(dialect: string): string
+}
+
+/** Renders what stores events in one outbox table. */
+export declare class NativeOutbox {
+  /** Reads the options. */
+  constructor(json: string)
+  /**
+   * Statements that store the events with these wire forms: `[{statement, confirm, ids}]`. An empty `dedupe_key`
+   * means that of each event.
+   */
+  insert(dialect: string, style: string, wires: Array<string>, dedupeKey: string): string
+  /** Statements that make the table. */
+  ddl(dialect: string): Array<string>
+  /** What fails if and only if the table cannot be used, `{sql, params}`. */
+  check(dialect: string, style: string): string
+  /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
+  missing(dialect: string): string
+}
+
+/** A relay of the core, and where it asks TypeScript. */
+export declare class NativeRelay {
+  /** An empty `url` means that TypeScript runs the statements, in this dialect and with these placeholders. */
+  constructor(url: string, dialect: string, style: string, bus: NativeBus, policy: boolean, options: string)
+  /** Without the password; `null` if TypeScript runs the statements. */
+  get database(): string | null
+  check(key: number): string | null
+  relayBatch(key: number): string | null
+  run(key: number): string | null
+  stop(): void
+  wake(): void
+  stats(key: number): string | null
+  metrics(key: number): string | null
+  health(): string
+  deadLetters(key: number, after: number, limit: number): string | null
+  /** An empty id means all of them. */
+  replay(key: number, eventId: string): string | null
+  purge(key: number, olderThanMs: number): string | null
+  /** An empty id means all of them. */
+  purgeDead(key: number, eventId: string): string | null
+  /** The next question: `{id, sql, params}` or `{id, attempts, error}`, or `null` when there will be none. */
+  nextQuestion(key: number): string | null
+  /** What a statement gave: a list of rows, each a list of integers, texts and nulls. */
+  answerRows(id: number, rows: string, affected: number): void
+  /** What becomes of a row: another attempt after so long, or, below zero, none. */
+  answerDecision(id: number, retryMs: number): void
+  /** Whoever was asked failed. */
+  answerError(id: number, retryable: boolean, message: string): void
+  /** Ends `nextQuestion`, after what was asked. */
+  dismiss(): void
+}
+
 /** A replay under way. */
 export declare class NativeReplay {
   /** The next batch: `{count, skipped, position, done}`, or `null` after the last. */

@@ -773,9 +773,12 @@ if (
   }
 }
 
-const { Bridge, NativeBus, NativeReplay, checkPublishOptions, checkRetryPolicy, cli, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
+const { Bridge, NativeBus, NativeInbox, NativeOutbox, NativeRelay, NativeReplay, checkPublishOptions, checkRetryPolicy, cli, configFromEnv, configFromFile, configFromObject, createChild, createEvent, decodeEvent, errorKinds, matches, newIds, retryDelay, version, withMeta } = nativeBinding
 export { Bridge }
 export { NativeBus }
+export { NativeInbox }
+export { NativeOutbox }
+export { NativeRelay }
 export { NativeReplay }
 export { checkPublishOptions }
 export { checkRetryPolicy }

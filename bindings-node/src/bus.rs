@@ -50,6 +50,18 @@ impl NativeBus {
     }
 }
 
+impl NativeBus {
+    /// The core's bus.
+    pub(crate) fn core(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// The bridge that it belongs to.
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.bridge.clone()
+    }
+}
+
 #[napi]
 impl NativeBus {
     /// `options` is a JSON object, with the names of TypeScript, or from `configOf…` with those of the core. Opens

@@ -9,7 +9,9 @@ mod error;
 mod event;
 mod history;
 mod options;
+mod outbox;
 mod receipts;
+mod relay;
 
 use napi_derive::napi;
 

@@ -141,6 +141,25 @@ pub const REPLAY: Options = Options {
     ],
 };
 
+pub const OUTBOX: Options =
+    Options { what: "Outbox()", known: &[("table", Plain), ("service", Plain), ("max_payload_bytes", Plain)] };
+
+pub const RELAY: Options = Options {
+    what: "Relay()",
+    known: &[
+        ("table", Plain),
+        ("batch", Plain),
+        ("workers", Plain),
+        ("lease", Seconds),
+        ("poll_interval", Seconds),
+        ("listen", Plain),
+        ("listen_url", Plain),
+        ("retry", Retry),
+    ],
+};
+
+pub const INBOX: Options = Options { what: "Inbox()", known: &[("table", Plain)] };
+
 const RETRY: Options = Options {
     what: "RetryPolicy()",
     known: &[

@@ -3,7 +3,9 @@
 //! They arrive from other languages as one JSON object with `snake_case` names and durations in milliseconds (`_ms`);
 //! [`Naming`] turns these names back into the caller's own for messages.
 
+mod outbox;
 mod reader;
+mod relay;
 
 use std::time::{Duration, SystemTime};
 

@@ -10,7 +10,7 @@ cd "$work" # away from the checkout, so that nothing is found there by accident
 
 "${PYTHON:-python3}" -m venv venv
 venv/bin/python -m pip install --quiet --no-index "$root"/dist/polybus-*.whl
-venv/bin/python -c 'import polybus, polybus.errors, polybus.testing'
+venv/bin/python -c 'import polybus, polybus.errors, polybus.outbox, polybus.testing'
 venv/bin/polybus outbox ddl --dialect postgres >"$work/python.sql"
 venv/bin/python "$here/smoke.py" "sqlite:///$work/python.db"
 
@@ -18,7 +18,7 @@ mkdir project && cd project
 echo '{ "name": "empty", "private": true, "type": "module" }' >package.json
 npm install --silent --offline --no-audit --no-fund "$root"/dist/polybus-*.tgz
 cp "$here/smoke.mjs" .
-node -e "import('polybus/testing').then(() => {})"
+node -e "import('polybus/testing').then(() => import('polybus/outbox'))"
 npx --no polybus outbox ddl --dialect postgres >"$work/node.sql"
 cmp "$work/python.sql" "$work/node.sql" # one command, whichever package installed it
 node smoke.mjs "sqlite:///$work/node.db"

@@ -19,6 +19,27 @@ Seconds = float | timedelta
 Mode = Literal["async", "sync"]
 
 
+class RelayOptions(TypedDict, total=False):
+    """Options of a relay of the outbox."""
+
+    table: str
+    """`table` or `schema.table`. Default ``polybus_outbox``."""
+    batch: int
+    """Most rows in one claim, and so in memory for each worker. Default 500."""
+    workers: int
+    """Claims under way at the same time in this process. With one, rows without a key go in order, too. Default 1."""
+    lease: Seconds
+    """What a relay had that died is published after this. Default 30 s."""
+    poll_interval: Seconds
+    """Longest pause between looks at the table; after rows were found pauses are shorter. Default 0.25 s."""
+    listen: bool
+    """Wake up by NOTIFY. Default true."""
+    listen_url: str
+    """Where to listen, when the database's URL leads to a pool that passes no notifications on."""
+    retry: RetryPolicy
+    """For rows that the bus refuses, unless there is a failure policy."""
+
+
 class BusOptions(TypedDict, total=False):
     """Options of a bus."""
 

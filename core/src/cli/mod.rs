@@ -3,6 +3,7 @@
 //! A subcommand is a file with its arguments and what it does; this one chooses, and says how it ended.
 
 mod outbox;
+mod relay;
 mod schema;
 
 use std::ffi::OsString;
@@ -29,6 +30,8 @@ enum Command {
     /// Tables of the outbox and the inbox in your own database
     #[command(subcommand)]
     Outbox(outbox::Command),
+    /// Carry events from an outbox to a bus
+    Relay(Box<relay::Command>),
 }
 
 /// Why a command ends early.
@@ -69,6 +72,7 @@ where
     };
     let ended = match asked.command {
         Command::Outbox(command) => command.run(out),
+        Command::Relay(command) => command.run(out),
     };
     match ended.and_then(|()| Ok(out.flush()?)) {
         Ok(()) => DONE,

@@ -171,19 +171,24 @@ fn of(subscription: &Subscription) -> [(&'static str, String); 2] {
 }
 
 impl Family {
-    fn new(name: &'static str, kind: &'static str, help: &'static str) -> Self {
+    pub(crate) fn new(name: &'static str, kind: &'static str, help: &'static str) -> Self {
         Self { name, kind, help, samples: Vec::new() }
     }
 
-    fn add(&mut self, labels: impl IntoIterator<Item = (&'static str, String)>, value: f64) {
+    pub(crate) fn add(&mut self, labels: impl IntoIterator<Item = (&'static str, String)>, value: f64) {
         self.samples.push(Sample { suffix: "", labels: labels.into_iter().collect(), value });
     }
 }
 
 /// The text that a metrics endpoint serves, in the format `text/plain; version=0.0.4`.
 pub fn render(bus: &Bus) -> String {
+    text(families(bus))
+}
+
+/// The same of any families.
+pub(crate) fn text(families: Vec<Family>) -> String {
     let mut out = String::new();
-    for Family { name, kind, help, samples } in families(bus) {
+    for Family { name, kind, help, samples } in families {
         let _ = writeln!(out, "# HELP polybus_{name} {help}\n# TYPE polybus_{name} {kind}");
         for Sample { suffix, labels, value } in samples {
             let labels: Vec<_> = labels.iter().map(|(label, text)| format!("{label}={}", quoted(text))).collect();

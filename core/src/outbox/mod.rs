@@ -6,12 +6,20 @@
 //!
 //! - [`dialect`]: which database, and how its driver writes placeholders;
 //! - [`statement`]: SQL text with its parameters, and the writer that keeps the two together;
-//! - [`table`]: validated names, the tables' DDL, and how a missing or older table is told.
+//! - [`table`]: validated names, the tables' DDL, and how a missing or older table is told;
+//! - [`store`]: events become rows, those that are there already are absorbed;
+//! - [`inbox`]: an event takes effect once for each consumer;
+//! - [`relay`]: carries the events from the table to a bus.
 
 pub mod dialect;
+pub mod inbox;
+pub mod relay;
 pub mod statement;
+pub mod store;
 pub mod table;
 
 pub use dialect::{Dialect, Style};
+pub use inbox::{Change, Inbox};
 pub use statement::{Param, Sql, Statement};
+pub use store::{Entry, Insert, Outbox, OutboxOptions};
 pub use table::Table;

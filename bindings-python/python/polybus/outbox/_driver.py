@@ -1,0 +1,195 @@
+"""How a statement of the core runs on what the user handed in.
+
+Each family of drivers has a file that makes a `Driver` or an `AsyncDriver` of its objects. What is to be run comes as a
+generator that yields statements and is sent the first column of their rows; so it is written once, for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+
+from polybus.errors import InvalidConfig
+
+ACCEPTED = (
+    "a Django connection or the name of one, a SQLAlchemy Session, Connection, AsyncSession or AsyncConnection, "
+    "a connection of psycopg (sync or async), psycopg2, asyncpg, sqlite3, aiosqlite or PyMySQL"
+)
+
+# The package of an object's class → the file that knows it.
+FAMILIES = {
+    "aiosqlite": "_sqlite",
+    "asyncpg": "_asyncpg",
+    "django": "_django",
+    "psycopg": "_psycopg",
+    "psycopg2": "_psycopg2",
+    "pymysql": "_pymysql",
+    "sqlalchemy": "_sqlalchemy",
+    "sqlite3": "_sqlite",
+}
+
+
+class Statement(NamedTuple):
+    """SQL text, and what its placeholders stand for: a dict for `:name`, a tuple for all others."""
+
+    sql: str
+    params: Any
+
+
+class Driver(Protocol):
+    """A connection of a driver that blocks."""
+
+    dialect: str
+    style: str
+
+    def in_transaction(self) -> bool:
+        """Whether what runs next belongs to a transaction that the user ends."""
+
+    def run(self, sql: str, params: Any) -> list[Any]:
+        """Run it, and return the first column of its rows, in the user's transaction."""
+
+
+class AsyncDriver(Protocol):
+    """The same, to be awaited."""
+
+    dialect: str
+    style: str
+
+    async def in_transaction(self) -> bool: ...
+
+    async def run(self, sql: str, params: Any) -> list[Any]: ...
+
+
+class Table(Protocol):
+    """What the core knows of the table that the statements are for."""
+
+    def check(self, dialect: str, style: str) -> tuple[str, Any]: ...
+
+    def missing(self, dialect: str) -> BaseException: ...
+
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[tuple[str, Any], list[Any], T]
+
+
+@lru_cache(maxsize=256)
+def _families(cls: type) -> list[Callable[[Any], Driver | AsyncDriver | None]]:
+    packages = {each.__module__.partition(".")[0] for each in cls.__mro__}
+    files = sorted({FAMILIES[package] for package in packages & FAMILIES.keys()})
+    return [import_module(f"polybus.outbox.{file}").adapt for file in files]
+
+
+def _django() -> list[Callable[[Any], Driver | AsyncDriver | None]]:
+    return [import_module("polybus.outbox._django").adapt]
+
+
+def find(session: Any, call: str) -> Driver | AsyncDriver:
+    """The driver of what the user handed in. `InvalidConfig` lists what there is."""
+    # By the class that it says it has: instrumentation wraps connections in proxies.
+    for adapt in _django() if isinstance(session, str) else _families(session.__class__):
+        driver = adapt(session)
+        if driver is not None:
+            return driver
+    kind = f"{session.__class__.__module__}.{session.__class__.__qualname__}"
+    raise InvalidConfig(
+        f"{call} got a {kind}, which is no open connection that it knows; give {ACCEPTED}; for any other driver run "
+        "what outbox.statement(event, style=…) returns"
+    )
+
+
+def sync_driver(session: Any, call: str) -> Driver:
+    """A driver that blocks."""
+    driver = find(session, call)
+    if is_async(driver):
+        raise InvalidConfig(f"{call} got {describe(session)}, which is to be awaited: use the async form of this call")
+    return cast("Driver", driver)
+
+
+def async_driver(session: Any, call: str) -> AsyncDriver:
+    """A driver to be awaited."""
+    driver = find(session, call)
+    if is_async(driver):
+        return cast("AsyncDriver", driver)
+    hint = "use the sync form of this call"
+    if type(driver).__module__.endswith("_django"):
+        # A transaction of Django belongs to a thread: a call of its own could run in another one.
+        hint = "Django has no async transactions: call it inside sync_to_async, together with the atomic block"
+    raise InvalidConfig(f"{call} got {describe(session)}, which blocks: {hint}")
+
+
+def is_async(driver: Driver | AsyncDriver) -> bool:
+    """Whether its calls are to be awaited."""
+    return bool(getattr(driver, "awaited", False))
+
+
+def describe(session: Any) -> str:
+    """What the user handed in, for a message."""
+    return f"a {session.__class__.__module__}.{session.__class__.__qualname__}"
+
+
+NO_TRANSACTION = (
+    "there is no open transaction, so {what} would be committed alone; begin one around it and the change that it "
+    "belongs to, or pass allow_autocommit=True"
+)
+
+
+def drive(driver: Driver, steps: Steps[T], table: Table, *, what: str, allow_autocommit: bool) -> T:
+    """Run the statements of `steps`, in the transaction that is open."""
+    if not allow_autocommit and not driver.in_transaction():
+        raise InvalidConfig(NO_TRANSACTION.format(what=what))
+    rows: list[Any] | None = None
+    try:
+        while True:
+            statement = next(steps) if rows is None else steps.send(rows)
+            rows = driver.run(*statement)
+    except StopIteration as end:
+        return cast("T", end.value)
+    except Exception as error:
+        if lacks_table(error):
+            raise table.missing(driver.dialect) from error
+        raise
+
+
+async def drive_async(driver: AsyncDriver, steps: Steps[T], table: Table, *, what: str, allow_autocommit: bool) -> T:
+    """The same, awaited."""
+    if not allow_autocommit and not await driver.in_transaction():
+        raise InvalidConfig(NO_TRANSACTION.format(what=what))
+    rows: list[Any] | None = None
+    try:
+        while True:
+            # StopIteration cannot leave a coroutine, so it is caught where it is raised.
+            try:
+                statement = next(steps) if rows is None else steps.send(rows)
+            except StopIteration as end:
+                return cast("T", end.value)
+            rows = await driver.run(*statement)
+    except Exception as error:
+        if lacks_table(error):
+            raise table.missing(driver.dialect) from error
+        raise
+
+
+# PostgreSQL: undefined_table, undefined_column, invalid_schema_name. MySQL: the same three.
+STATES = {"42P01", "42703", "3F000"}
+NUMBERS = {1146, 1054, 1049}
+# SQLite has one code for every error in a statement's text: only the message tells them apart.
+WORDS = ("no such table", "no such column", "has no column named", "unknown database")
+
+
+def lacks_table(error: BaseException | None) -> bool:
+    """Whether a statement failed for want of its table or of a column, as each driver says it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "sqlstate", None) in STATES or getattr(error, "pgcode", None) in STATES:
+            return True
+        module = type(error).__module__.partition(".")[0]
+        if module == "pymysql" and error.args and error.args[0] in NUMBERS:
+            return True
+        if module == "sqlite3" and any(words in str(error) for words in WORDS):
+            return True
+        original = getattr(error, "orig", None)  # SQLAlchemy's
+        error = original if isinstance(original, BaseException) else error.__cause__
+    return False

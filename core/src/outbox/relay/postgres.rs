@@ -1,0 +1,351 @@
+//! A connection to PostgreSQL that comes back by itself.
+//!
+//! Statements go out as parse, bind and execute in one write and have no name on the server, so PgBouncer may hand each
+//! of them to another session, and every plan is made for the numbers at hand. What we want of the session is asked for
+//! when the connection is made, never with `SET`, which in a pool would stay behind for the application. A pool that
+//! refuses such wishes is used without them.
+
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::{StreamExt, pin_mut};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Config, Row};
+
+use super::store::{Answer, Executor};
+use super::tls::Tls;
+use crate::error::{Error, ErrorKind, Result, nearest};
+use crate::outbox::dialect::{Dialect, Style};
+use crate::outbox::statement::{Param, Statement};
+use crate::outbox::table::Table;
+use crate::transport::Task;
+
+/// A statement that takes longer is given up, with its connection: the other side may be gone without a word.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For a new connection.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// What we want of a session. A commit need not wait for the disk: if the server loses it with its power, a claim or a
+/// mark is made again, and at worst an event is published twice, with the same id. The planner must walk the index in
+/// order, whatever it thinks of a table that was empty when it was last looked at.
+const WISHES: &str = "-c synchronous_commit=off -c default_transaction_isolation=read\\ committed -c enable_seqscan=off \
+                      -c enable_bitmapscan=off -c jit=off -c max_parallel_workers_per_gather=0";
+
+/// Where and how to connect.
+#[derive(Clone)]
+pub(super) struct Server {
+    config: Config,
+    tls: Tls,
+    /// For messages: without the password.
+    name: String,
+    pooled: Arc<AtomicBool>,
+}
+
+impl Server {
+    /// Reads a URL as libpq and SQLAlchemy write them. `InvalidConfig` for any other; never with its password.
+    pub fn parse(url: &str) -> Result<Self> {
+        let (scheme, rest) = url.split_once("://").unwrap_or_default();
+        let family = scheme.split('+').next().unwrap_or_default();
+        if !matches!(family, "postgres" | "postgresql") {
+            return Err(match family {
+                "sqlite" => Error::unsupported(
+                    "an outbox in an SQLite file is relayed through the application's own driver: pass an executor instead of a URL",
+                ),
+                "mysql" | "mariadb" => {
+                    Error::unsupported("the relay reads outboxes in PostgreSQL and SQLite, not yet in MySQL")
+                }
+                _ => Error::invalid_config(format!(
+                    "the database URL of a relay is like postgres://user:password@host/database, and not {scheme:?}"
+                )),
+            });
+        }
+        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (mut verify, mut root, mut kept) = (false, None, Vec::new());
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some(("sslmode" | "ssl", "verify-full" | "verify-ca")) => {
+                    verify = true;
+                    kept.push("sslmode=require".to_owned());
+                }
+                Some(("sslmode", "allow")) => kept.push("sslmode=prefer".to_owned()),
+                Some(("ssl", mode)) => kept.push(format!("sslmode={mode}")),
+                Some(("sslrootcert", path)) => {
+                    let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
+                    root = Some(path.into_owned()).filter(|path| path != "system");
+                }
+                _ => kept.push(pair.to_owned()),
+            }
+        }
+        let mut config = Config::from_str(&format!("postgresql://{place}?{}", kept.join("&"))).map_err(|cause| {
+            let why = std::error::Error::source(&cause).map_or_else(|| cause.to_string(), ToString::to_string);
+            let names = ["sslmode", "sslrootcert", "application_name", "connect_timeout", "options", "keepalives"];
+            let near = why.split('`').nth(1).and_then(|word| nearest(word, names));
+            let hint = near.map_or(String::new(), |near| format!("; did you mean {near}?"));
+            Error::invalid_config(format!("the database URL is not valid: {why}{hint}"))
+        })?;
+        if config.get_password().is_none()
+            && let Ok(password) = std::env::var("PGPASSWORD")
+        {
+            config.password(password);
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("polybus relay");
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(CONNECT);
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(Duration::from_secs(30));
+        }
+        config.keepalives_idle(Duration::from_secs(30));
+        let tls = Tls::new(verify, root.as_deref())?;
+        let name = name(&config);
+        Ok(Self { config, tls, name, pooled: Arc::default() })
+    }
+
+    /// Whether the server turned out to be a pool, which cannot pass notifications on.
+    pub fn is_pooled(&self) -> bool {
+        self.pooled.load(Ordering::Relaxed)
+    }
+
+    /// Who is connected to what, without a password.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The configuration, for a connection of another kind.
+    pub fn plain(&self) -> (Config, Tls) {
+        (self.config.clone(), self.tls.clone())
+    }
+
+    async fn connect(&self) -> Result<Client> {
+        let wishes = self.config.get_options().map_or(WISHES.to_owned(), |own| format!("{WISHES} {own}"));
+        if !self.is_pooled() {
+            match self.open(self.config.clone().options(&wishes)).await {
+                Err(cause) if refuses_wishes(&cause) => {
+                    log::info!(
+                        "{} takes no options when a session begins: it is used as a pool of connections",
+                        self.name
+                    );
+                    self.pooled.store(true, Ordering::Relaxed);
+                }
+                opened => return opened.map_err(|cause| self.explain(cause, None)),
+            }
+        }
+        self.open(&self.config).await.map_err(|cause| self.explain(cause, None))
+    }
+
+    async fn open(&self, config: &Config) -> Result<Client, tokio_postgres::Error> {
+        let (client, connection) = config.connect(self.tls.clone()).await?;
+        // Ends with the client. What goes wrong is told to those whose statements fail.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(client)
+    }
+
+    /// What `cause` means, and what to do.
+    pub fn explain(&self, cause: tokio_postgres::Error, table: Option<&Table>) -> Error {
+        let name = &self.name;
+        let Some(db) = cause.as_db_error() else {
+            let why = std::error::Error::source(&cause).map_or_else(|| cause.to_string(), ToString::to_string);
+            let config = cause.to_string().starts_with("invalid configuration");
+            let kind = if config { ErrorKind::AuthFailed } else { ErrorKind::ConnectionFailed };
+            return Error::new(kind, format!("the database {name} cannot be reached: {why}")).caused_by(cause);
+        };
+        let (code, said) = (db.code(), db.message());
+        let error = match *code {
+            SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => Error::new(
+                ErrorKind::AuthFailed,
+                format!("the database {name} refused the user: {said}; check user and password of the URL"),
+            ),
+            SqlState::INVALID_CATALOG_NAME => {
+                Error::invalid_config(format!("{name}: {said}; check the last part of the URL"))
+            }
+            SqlState::UNDEFINED_TABLE | SqlState::UNDEFINED_COLUMN | SqlState::INVALID_SCHEMA_NAME => {
+                let told = match table {
+                    Some(table) => table.missing(Dialect::Postgres, "Outbox").message().to_owned(),
+                    None => said.to_owned(),
+                };
+                Error::invalid_config(format!("{told}, or of the command: polybus outbox ddl --dialect postgres"))
+            }
+            SqlState::INSUFFICIENT_PRIVILEGE => Error::new(
+                ErrorKind::AuthFailed,
+                format!(
+                    "the user of {name} may not do what a relay does: {said}; GRANT SELECT, UPDATE, DELETE on the table, and USAGE on its schema"
+                ),
+            ),
+            SqlState::READ_ONLY_SQL_TRANSACTION => Error::invalid_config(format!(
+                "{name} is read-only: {said}; give the URL of the primary, and a user without default_transaction_read_only"
+            )),
+            _ => Error::connection_failed(format!("{name}: {said} ({})", code.code())),
+        };
+        error.caused_by(cause)
+    }
+}
+
+/// `user@host:port/database`.
+fn name(config: &Config) -> String {
+    let host = match config.get_hosts().first() {
+        Some(Host::Tcp(host)) => host.clone(),
+        #[cfg(unix)]
+        Some(Host::Unix(path)) => path.display().to_string(),
+        None => String::new(),
+    };
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    let user = config.get_user().map_or(String::new(), |user| format!("{user}@"));
+    let tls = if config.get_ssl_mode() == SslMode::Require { " (TLS)" } else { "" };
+    format!("{user}{host}:{port}/{}{tls}", config.get_dbname().unwrap_or_default())
+}
+
+/// PgBouncer and its kind say so as a protocol violation or as an unknown feature.
+fn refuses_wishes(cause: &tokio_postgres::Error) -> bool {
+    cause.as_db_error().is_some_and(|db| {
+        let protocol = matches!(*db.code(), SqlState::PROTOCOL_VIOLATION | SqlState::CONNECTION_EXCEPTION);
+        protocol || *db.code() == SqlState::FEATURE_NOT_SUPPORTED
+    })
+}
+
+/// One connection. Made when it is needed, and again when it was lost.
+pub(super) struct Postgres {
+    server: Server,
+    table: Table,
+    client: Mutex<Option<Arc<Client>>>,
+    connecting: tokio::sync::Mutex<()>,
+    connections: AtomicU64,
+}
+
+impl Postgres {
+    pub fn executor(server: Server, table: Table) -> Arc<Handle> {
+        let inner = Self {
+            server,
+            table,
+            client: Mutex::default(),
+            connecting: tokio::sync::Mutex::default(),
+            connections: AtomicU64::new(0),
+        };
+        Arc::new(Handle(Arc::new(inner)))
+    }
+
+    fn connected(&self) -> Option<Arc<Client>> {
+        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        client.as_ref().filter(|client| !client.is_closed()).cloned()
+    }
+
+    async fn client(&self) -> Result<Arc<Client>> {
+        if let Some(client) = self.connected() {
+            return Ok(client);
+        }
+        let _one = self.connecting.lock().await;
+        if let Some(client) = self.connected() {
+            return Ok(client);
+        }
+        // The whole of it: a server that accepts and then says nothing is as good as none.
+        let connected = tokio::time::timeout(CONNECT, self.server.connect()).await;
+        let name = self.server.name();
+        let late = |_| Error::connection_failed(format!("the database {name} did not answer within {CONNECT:?}"));
+        let client = Arc::new(connected.map_err(late)??);
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client.clone());
+        Ok(client)
+    }
+
+    fn forget(&self, lost: &Arc<Client>) {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        if client.as_ref().is_some_and(|client| Arc::ptr_eq(client, lost)) {
+            *client = None;
+        }
+    }
+
+    async fn run(&self, statement: Statement) -> Result<Answer> {
+        let client = self.client().await?;
+        match tokio::time::timeout(PATIENCE, send(&client, &statement)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(cause)) => {
+                // A pool may move us to a server that is going down, and say so without ending our connection.
+                if cause.is_closed() || cause.code().is_some_and(|code| code.code().starts_with("57P")) {
+                    self.forget(&client);
+                }
+                Err(self.server.explain(cause, Some(&self.table)))
+            }
+            Err(_) => {
+                self.forget(&client);
+                let name = self.server.name();
+                Err(Error::connection_failed(format!("the database {name} did not answer within {PATIENCE:?}")))
+            }
+        }
+    }
+}
+
+async fn send(client: &Client, statement: &Statement) -> Result<Answer, tokio_postgres::Error> {
+    let params = statement.params.iter().map(|param| -> (&(dyn ToSql + Sync), Type) {
+        match param {
+            Param::Null => (&None::<&str>, Type::TEXT),
+            Param::Integer(number) => (number, Type::INT8),
+            Param::Text(text) => (text, Type::TEXT),
+        }
+    });
+    let stream = client.query_typed_raw(&statement.sql, params).await?;
+    pin_mut!(stream);
+    let mut rows = Vec::new();
+    while let Some(row) = stream.next().await {
+        rows.push(cells(&row?)?);
+    }
+    Ok(Answer { affected: stream.rows_affected().unwrap_or(0), rows })
+}
+
+fn cells(row: &Row) -> Result<Vec<Param>, tokio_postgres::Error> {
+    let cell = |(index, column): (usize, &tokio_postgres::Column)| {
+        Ok(match *column.type_() {
+            Type::INT8 => row.try_get::<_, Option<i64>>(index)?.into(),
+            _ => row.try_get::<_, Option<String>>(index)?.into(),
+        })
+    };
+    row.columns().iter().enumerate().map(cell).collect()
+}
+
+/// What the relay holds of a connection.
+pub(super) struct Handle(Arc<Postgres>);
+
+impl Executor for Handle {
+    fn run(&self, statement: Statement) -> Task<Result<Answer>> {
+        let connection = self.0.clone();
+        Box::pin(async move { connection.run(statement).await })
+    }
+
+    fn dialect(&self) -> Dialect {
+        Dialect::Postgres
+    }
+
+    fn style(&self) -> Style {
+        Style::Dollar
+    }
+
+    fn connection(&self) -> u64 {
+        self.0.connections.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_urls_and_never_shows_their_password() {
+        let url = "postgresql+asyncpg://shop:secret@db.example:5433/orders?sslmode=verify-full";
+        assert_eq!(Server::parse(url).unwrap().name(), "shop@db.example:5433/orders (TLS)");
+        for (url, said) in [
+            ("postgres://shop:secret@h/d?sslmod=require", "did you mean sslmode"),
+            ("postgres://shop:secret@h:port/d", "not valid"),
+            ("mysql://shop:secret@h/d", "MySQL"),
+            ("sqlite:///secret.db", "executor"),
+            ("secret", "postgres://"),
+        ] {
+            let error = Server::parse(url).map(drop).unwrap_err();
+            assert!(error.message().contains(said), "{error}");
+            assert!(!format!("{error:?}").contains("secret"), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! The table as the relay sees it: claim rows, end the claims, look after what is dead.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::floor::Floor;
+use super::sql::{Wanted, Writer};
+use crate::error::{Error, Result};
+use crate::outbox::dialect::{Dialect, Style};
+use crate::outbox::statement::{Param, Statement};
+use crate::outbox::table::Table;
+use crate::transport::Task;
+
+/// What runs the relay's statements: a connection of our own, or the application's driver.
+///
+/// Every statement is a transaction of its own. Statements that are given one after the other, without waiting for
+/// answers, run in that order.
+pub trait Executor: Send + Sync + 'static {
+    /// Runs a statement and answers with its rows. `ConnectionFailed` when the database cannot be reached or ended the
+    /// connection: the next call tries to connect again.
+    fn run(&self, statement: Statement) -> Task<Result<Answer>>;
+
+    /// Which database it is.
+    fn dialect(&self) -> Dialect;
+
+    /// How it writes placeholders.
+    fn style(&self) -> Style;
+
+    /// Another number with each connection. What was proven about the table on one may not hold on the next: a server
+    /// that took over after a failure can have lost the newest rows, and their numbers come again.
+    fn connection(&self) -> u64 {
+        0
+    }
+}
+
+/// What a statement gave.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    /// Rows that were changed.
+    pub affected: u64,
+    /// Rows that were returned.
+    pub rows: Vec<Vec<Param>>,
+}
+
+/// A claimed row.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    pub seq: i64,
+    /// Failed attempts so far.
+    pub attempts: u32,
+    pub key: Option<String>,
+    pub event: Bytes,
+}
+
+/// What becomes of a row that was not published.
+#[derive(Debug, Clone)]
+pub(super) struct Verdict {
+    pub seq: i64,
+    /// After so long; `None`: it is dead.
+    pub retry: Option<Duration>,
+    pub error: String,
+}
+
+/// Rows that are ours, in order.
+#[derive(Debug, Default)]
+pub(super) struct Claim {
+    pub token: String,
+    pub rows: Vec<Row>,
+    /// Nothing was taken although there is something: another relay was faster, or a larger window is needed.
+    pub again: bool,
+}
+
+/// How many rows of each state, counted on the live table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RelayStats {
+    /// Not finished, whatever they wait for.
+    pub pending: u64,
+    /// Of those, claimed by a relay.
+    pub claimed: u64,
+    /// Of those, waiting for another attempt.
+    pub retrying: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Age of the oldest that is not finished.
+    pub oldest: Option<Duration>,
+}
+
+/// A row that will not be published unless somebody replays it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadRow {
+    /// Place in the table; pages of [`super::Relay::dead_letters`] continue after it.
+    pub seq: i64,
+    /// Id of the event.
+    pub event_id: String,
+    /// Type of the event, as the row says it.
+    pub event_type: String,
+    /// What the row holds: an event's wire form, if all is well.
+    pub event: String,
+    /// Lane.
+    pub partition_key: Option<String>,
+    /// Failed attempts.
+    pub attempts: u32,
+    /// Why it failed, the last time: code and message.
+    pub last_error: String,
+    /// Milliseconds since 1970, by the database's clock: when the row was written.
+    pub created_at_ms: i64,
+    /// When it died.
+    pub dead_at_ms: i64,
+}
+
+/// See the head of the file.
+pub(super) struct Store {
+    executor: Arc<dyn Executor>,
+    writer: Writer,
+    floor: Floor,
+    window: AtomicI64,
+}
+
+impl Store {
+    pub fn new(executor: Arc<dyn Executor>, table: Table, floor: Floor) -> Self {
+        let writer = Writer { table, dialect: executor.dialect(), style: executor.style() };
+        Self { executor, writer, floor, window: AtomicI64::new(0) }
+    }
+
+    async fn run(&self, statement: Statement) -> Result<Answer> {
+        self.executor.run(statement).await
+    }
+
+    /// Fails if the table is missing, of another version or not readable.
+    pub async fn check(&self) -> Result<()> {
+        self.run(self.writer.table.outbox_check(self.writer.dialect, self.writer.style)).await.map(drop)
+    }
+
+    /// Claims up to `batch` rows for `lease`.
+    pub async fn claim(&self, batch: usize, lease: Duration) -> Result<Claim> {
+        let token = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        let batch = batch as i64;
+        let window = self.window.load(Ordering::Relaxed).max(batch * 2);
+        let floor = self.floor.value(self.executor.connection());
+        let wanted = Wanted { floor, window, batch, lease_ms: millis(lease), token: &token };
+        let answer = self.run(self.writer.claim(wanted)?).await?;
+        let mut rows = Vec::with_capacity(answer.rows.len());
+        let mut seen = None;
+        for row in answer.rows {
+            match <[Param; 4]>::try_from(row) {
+                Ok([Param::Integer(count), Param::Integer(picked), depth, Param::Null]) => {
+                    let depth = if let Param::Text(depth) = depth { depth.parse().unwrap_or(0) } else { 0 };
+                    seen = Some((count, picked, depth));
+                }
+                Ok([Param::Integer(seq), Param::Integer(attempts), key, Param::Text(event)]) => {
+                    let key = if let Param::Text(key) = key { Some(key) } else { None };
+                    let attempts = u32::try_from(attempts).unwrap_or(0);
+                    rows.push(Row { seq, attempts, key, event: Bytes::from(event) });
+                }
+                _ => return Err(strange()),
+            }
+        }
+        rows.sort_unstable_by_key(|row| row.seq);
+        let taken = rows.len() as i64;
+        let (count, picked, depth) = match seen {
+            Some(seen) => seen,
+            None if taken == batch => (window, taken, window),
+            None => (number(&self.run(self.writer.open(floor, window)).await?, 0)?, taken, taken),
+        };
+        // What stands in front and cannot be taken must not hide what can: look further, as far as it takes.
+        let hidden = picked < batch && count >= window;
+        let next = if hidden { window.saturating_mul(4) } else { depth + batch };
+        self.window.store(next, Ordering::Relaxed);
+        Ok(Claim { token, again: rows.is_empty() && (hidden || picked > 0), rows })
+    }
+
+    /// Moves the lower end of what claims look at. Called now and then.
+    pub async fn advance(&self) -> Result<()> {
+        if self.writer.dialect != Dialect::Postgres {
+            return Ok(()); // elsewhere rows that are finished are not in the way
+        }
+        let connection = self.executor.connection();
+        if let Some(running) = self.floor.running(connection) {
+            if !running.is_empty() && number(&self.run(self.writer.running(&running)).await?, 0)? > 0 {
+                return Ok(());
+            }
+            // A statement of its own: its snapshot must be younger than the end of those transactions.
+            let (from, below) = self.floor.proving(connection);
+            let first = number(&self.run(self.writer.first(from, below)).await?, 0)?;
+            self.floor.proved(connection, first);
+        }
+        let answer = self.run(self.writer.horizon()).await?;
+        let below = number(&answer, 0)?;
+        let running = match answer.rows.first().and_then(|row| row.get(1)) {
+            Some(Param::Text(list)) => list.clone(),
+            _ => String::new(),
+        };
+        self.floor.prove(connection, below, running);
+        Ok(())
+    }
+
+    /// Says that rows were delivered. Resolves to how many of them were still ours.
+    pub async fn delivered(&self, token: &str, seqs: &[i64], again: bool) -> Result<u64> {
+        Ok(self.run(self.writer.delivered(token, seqs, again)).await?.affected)
+    }
+
+    pub async fn give_back(&self, token: &str, seqs: &[i64]) -> Result<u64> {
+        Ok(self.run(self.writer.give_back(token, seqs)).await?.affected)
+    }
+
+    pub async fn failed(&self, token: &str, verdict: &Verdict) -> Result<u64> {
+        Ok(self.run(self.writer.failed(token, verdict)).await?.affected)
+    }
+
+    pub async fn extend(&self, token: &str, seqs: &[i64], lease: Duration) -> Result<u64> {
+        Ok(self.run(self.writer.extend(token, seqs, millis(lease))).await?.affected)
+    }
+
+    pub async fn stats(&self) -> Result<RelayStats> {
+        let answer = self.run(self.writer.stats()).await?;
+        let count = |column| number(&answer, column).map(|n| u64::try_from(n).unwrap_or(0));
+        let pending = count(0)?;
+        let oldest = (pending > 0).then(|| count(4).map(Duration::from_millis)).transpose()?;
+        Ok(RelayStats { pending, claimed: count(1)?, retrying: count(2)?, dead: count(3)?, oldest })
+    }
+
+    pub async fn dead(&self, after: i64, limit: usize) -> Result<Vec<DeadRow>> {
+        let answer = self.run(self.writer.dead(after, limit as i64)).await?;
+        answer.rows.into_iter().map(dead_row).collect()
+    }
+
+    pub async fn replay(&self, event_id: Option<&str>, limit: usize) -> Result<u64> {
+        Ok(self.run(self.writer.replay(event_id, limit as i64)).await?.affected)
+    }
+
+    pub async fn purge_dead(&self, event_id: Option<&str>, limit: usize) -> Result<u64> {
+        Ok(self.run(self.writer.purge_dead(event_id, limit as i64)).await?.affected)
+    }
+
+    /// Removes what was delivered longer ago, a page of the table at a time; no statement holds many rows.
+    pub async fn purge(&self, older_than: Duration, page: usize) -> Result<u64> {
+        let (mut after, mut removed) = (i64::MIN, 0);
+        let older = millis(older_than);
+        loop {
+            let answer = self.run(self.writer.page(after, page as i64, older)).await?;
+            let (last, count, old) = (number(&answer, 0)?, number(&answer, 1)?, number(&answer, 2)?);
+            if old == 0 {
+                return Ok(removed); // what follows is younger, give or take a transaction: it is for next time
+            }
+            removed += self.run(self.writer.purge(after, last, older)).await?.affected;
+            if count < page as i64 {
+                return Ok(removed);
+            }
+            after = last;
+        }
+    }
+}
+
+fn dead_row(row: Vec<Param>) -> Result<DeadRow> {
+    let mut row = row.into_iter();
+    let text = |row: &mut std::vec::IntoIter<Param>| match row.next() {
+        Some(Param::Text(text)) => Some(text),
+        _ => None,
+    };
+    let number = |row: &mut std::vec::IntoIter<Param>| match row.next() {
+        Some(Param::Integer(number)) => Some(number),
+        _ => None,
+    };
+    Ok(DeadRow {
+        seq: number(&mut row).ok_or_else(strange)?,
+        event_id: text(&mut row).unwrap_or_default(),
+        event_type: text(&mut row).unwrap_or_default(),
+        event: text(&mut row).unwrap_or_default(),
+        partition_key: text(&mut row),
+        attempts: number(&mut row).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
+        last_error: text(&mut row).unwrap_or_default(),
+        created_at_ms: number(&mut row).unwrap_or(0),
+        dead_at_ms: number(&mut row).unwrap_or(0),
+    })
+}
+
+fn number(answer: &Answer, column: usize) -> Result<i64> {
+    match answer.rows.first().and_then(|row| row.get(column)) {
+        Some(Param::Integer(number)) => Ok(*number),
+        Some(Param::Text(text)) => text.parse().map_err(|_| strange()),
+        Some(Param::Null) => Ok(0),
+        None => Err(strange()),
+    }
+}
+
+fn strange() -> Error {
+    Error::invalid_config(
+        "the database answered a statement of the relay with other columns than it asked for; an executor gives rows as the driver does: integers, text and null",
+    )
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
+}

@@ -1,0 +1,11 @@
+//! The relay, on real PostgreSQL servers. A behaviour that only the SQL has is here; what the policy and the floor compute
+//! is tested beside them.
+#![allow(clippy::unwrap_used, reason = "a test that cannot set the stage must fail")]
+
+mod errors;
+mod executor;
+mod ground;
+mod order;
+mod outages;
+mod rows;
+mod truth;

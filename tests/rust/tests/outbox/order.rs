@@ -1,0 +1,148 @@
+//! The order of a partition key, over relays that fail, are slow, or lose their lease.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use polybus_conformance::within;
+use polybus_core::outbox::relay::{Decision, Failed, FailurePolicy, Publisher, Relay, RelayBatch, RelayOptions};
+use polybus_core::transport::{Outgoing, Task};
+use polybus_core::{Error, Result};
+use tokio::sync::Semaphore;
+
+use crate::ground::{Ground, Memo, event, insert, insert_numbers, number, working};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_order_of_each_key_holds_with_relays_whose_rows_fail() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    let tries: Mutex<HashMap<usize, u32>> = Mutex::default();
+    bus.refuse(move |event| {
+        // Each seventh fails twice.
+        let mut tries = tries.lock().unwrap();
+        let tried = tries.entry(number(event)).or_insert(0);
+        *tried += 1;
+        (number(event).is_multiple_of(7) && *tried <= 2).then(|| Error::connection_failed("later"))
+    });
+    insert_numbers(&client, 400, 20).await;
+    let options = RelayOptions { batch: 15, workers: 2, ..RelayOptions::default() };
+    let relays: Vec<_> = (0..3).map(|_| ground.relay_with(&bus, options.clone())).collect();
+    working(&relays, async {
+        for number in 400..600 {
+            insert(&client, &event(number, Some(&format!("key-{}", number % 20)))).await;
+        }
+        ground.until_delivered(&client, 600).await;
+    })
+    .await;
+    let keys = bus.by_key();
+    assert_eq!((keys.len(), bus.took().len()), (20, 600));
+    for (key, numbers) in keys {
+        assert!(numbers.is_sorted(), "{key}: {numbers:?}");
+    }
+}
+
+/// Waits an hour with whatever fails.
+struct Patient;
+
+impl FailurePolicy for Patient {
+    fn decide(&self, failed: Failed) -> Task<Decision> {
+        assert_eq!(failed.attempts, 1);
+        Box::pin(std::future::ready(Decision::Retry(Duration::from_secs(3600))))
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_waits_holds_back_its_key_and_nothing_else() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    bus.refuse(|event| (number(event) == 1).then(|| Error::invalid_event("never")));
+    // Many more of the key than a claim looks at stand in front of the others.
+    for number in 0..50 {
+        insert(&client, &event(number, Some("slow"))).await;
+    }
+    for number in 50..60 {
+        insert(&client, &event(number, (number % 2 == 0).then_some("fast"))).await;
+    }
+    let options = RelayOptions { batch: 3, ..RelayOptions::default() };
+    let relay = ground.relay_with(&bus, options).with_policy(Arc::new(Patient));
+    working(std::slice::from_ref(&relay), ground.until_delivered(&client, 11)).await;
+    assert_eq!(bus.numbers(), [0, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59]);
+    let stats = relay.stats().await.unwrap();
+    assert_eq!((stats.pending, stats.retrying, stats.claimed, stats.dead), (49, 1, 0, 0));
+}
+
+/// A bus whose publishes wait for the test.
+struct Gate {
+    began: Semaphore,
+    go: Arc<Semaphore>,
+    memo: Arc<Memo>,
+}
+
+impl Publisher for Gate {
+    fn publish(&self, batch: Vec<Outgoing>) -> Task<Result<()>> {
+        self.began.add_permits(1);
+        let (go, publish) = (self.go.clone(), self.memo.publish(batch));
+        Box::pin(async move {
+            go.acquire_owned().await.unwrap().forget();
+            publish.await
+        })
+    }
+
+    fn limit(&self) -> usize {
+        1 << 20
+    }
+}
+
+fn gated(ground: &Ground, lease: Duration) -> (Relay, Arc<Gate>) {
+    let gate = Gate { began: Semaphore::new(0), go: Arc::new(Semaphore::new(0)), memo: Memo::new() };
+    let gate = Arc::new(gate);
+    let options = RelayOptions { lease, ..RelayOptions::default() };
+    (Relay::new(&ground.server.url(), gate.clone(), options).unwrap(), gate)
+}
+
+#[tokio::test]
+async fn a_lease_that_ends_in_mid_publish_is_a_mismatch_and_overwrites_nothing() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    insert_numbers(&client, 3, 0).await;
+    let (slow, gate) = gated(&ground, Duration::from_secs(30));
+    let publishing = tokio::spawn(async move { slow.relay_batch().await.unwrap() });
+    within(gate.began.acquire()).await.unwrap().forget();
+    // As when the process of that relay stood still for longer than its lease.
+    client
+        .batch_execute("UPDATE polybus_outbox SET lease_until = now() - interval '1 s' WHERE seq <= 2")
+        .await
+        .unwrap();
+    let other = ground.relay(&bus).relay_batch().await.unwrap();
+    assert_eq!((other.attempted, other.relayed), (2, 2));
+    let marks = "SELECT string_agg(coalesce(lease_token, '') || delivered_at, ',' ORDER BY seq) FROM polybus_outbox WHERE seq <= 2";
+    let before = ground.server.sql(marks);
+    gate.go.add_permits(1);
+    let batch = within(publishing).await.unwrap();
+    assert_eq!(batch, RelayBatch { attempted: 3, relayed: 1, ownership_mismatches: 2, ..RelayBatch::default() });
+    assert_eq!(ground.server.sql(marks), before);
+    assert_eq!(ground.count("delivered"), 3);
+}
+
+#[tokio::test]
+async fn a_publish_longer_than_the_lease_keeps_it() {
+    let ground = Ground::new();
+    let client = ground.server.connect().await;
+    insert_numbers(&client, 3, 1).await;
+    let (slow, gate) = gated(&ground, Duration::from_millis(300));
+    let publishing = tokio::spawn(async move { slow.relay_batch().await.unwrap() });
+    within(gate.began.acquire()).await.unwrap().forget();
+    let first = ground.server.sql("SELECT max(lease_until) FROM polybus_outbox");
+    let bus = Memo::new();
+    let other = ground.relay(&bus);
+    // Three extensions are three times a third of a lease.
+    let until = format!("SELECT min(lease_until) > '{first}'::timestamptz + interval '300 ms' FROM polybus_outbox");
+    while ground.server.sql(&until) != "t" {
+        insert(&client, &event(9, Some("key-0"))).await;
+        assert_eq!(other.relay_batch().await.unwrap(), RelayBatch::default());
+        client.batch_execute("DELETE FROM polybus_outbox WHERE status = 'pending'").await.unwrap();
+    }
+    gate.go.add_permits(1);
+    assert_eq!(within(publishing).await.unwrap().relayed, 3);
+}

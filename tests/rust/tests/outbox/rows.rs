@@ -1,0 +1,167 @@
+//! One relay and its rows: what is marked, what is dead, what is purged, what wakes it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polybus_conformance::{World, event as any_event, listen};
+use polybus_core::codec;
+use polybus_core::outbox::relay::{Relay, RelayBatch, RelayOptions, wake};
+use polybus_core::outbox::{Style, Table};
+use polybus_core::{BusOptions, Error, ErrorKind};
+
+use crate::ground::{Ground, Memo, event, insert, insert_numbers, insert_text, working};
+
+#[tokio::test]
+async fn rows_are_published_in_order_and_marked() {
+    for transport in ["memory", "sqlite", "redis"] {
+        let (ground, world) = (Ground::new(), World::new(transport));
+        let bus = world.bus();
+        let (_subscription, mut seen) = listen(&bus, "**", "all").await;
+        let events = insert_numbers(&ground.server.connect().await, 5, 0).await;
+        let relay = Relay::new(&ground.server.url(), Arc::new(bus.clone()), RelayOptions::default()).unwrap();
+        let batch = relay.relay_batch().await.unwrap();
+        assert_eq!(batch, RelayBatch { attempted: 5, relayed: 5, ..RelayBatch::default() });
+        // Handlers run beside each other; the order of the publish is in the positions of the log.
+        let took: HashSet<_> = seen.take(5).await.iter().map(|job| job.event.meta.id.clone()).collect();
+        assert_eq!(took, events.iter().map(|event| event.meta.id.clone()).collect(), "{transport}");
+        assert_eq!(relay.relay_batch().await.unwrap(), RelayBatch::default());
+        assert_eq!((ground.count("delivered"), relay.stats().await.unwrap().pending), (5, 0));
+        bus.close(polybus_conformance::DEADLINE).await;
+    }
+}
+
+#[tokio::test]
+async fn what_can_never_be_published_dies_and_blocks_nobody() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    let large = any_event("order.placed", &format!("\"{}\"", "x".repeat((1 << 20) - 2)));
+    let wire = String::from_utf8(codec::encode(&large).unwrap()).unwrap();
+    insert_text(&client, "too-large", Some("k"), &wire.replacen("xx", "xxx", 1)).await;
+    insert_text(&client, "no-json", Some("k"), "{\"type\":").await;
+    insert_text(&client, "no-type", Some("k"), &wire.replacen("order.placed", "order placed", 1)).await;
+    insert(&client, &event(1, Some("k"))).await;
+    let relay = ground.relay(&bus);
+    let batch = relay.relay_batch().await.unwrap();
+    let expected = RelayBatch { attempted: 4, relayed: 1, malformed: 3, dead_lettered: 3, ..RelayBatch::default() };
+    assert_eq!((batch, bus.numbers()), (expected, vec![1]));
+
+    let dead = relay.dead_letters(0, 2).await.unwrap();
+    let rest = relay.dead_letters(dead[1].seq, 100).await.unwrap();
+    let why: Vec<_> = dead.iter().chain(&rest).map(|row| (&*row.event_id, &*row.last_error)).collect();
+    assert!(
+        matches!(why[..], [("too-large", a), ("no-json", b), ("no-type", c)]
+        if a.starts_with("payload_too_large: ") && b.starts_with("invalid_event: ") && c.starts_with("invalid_event: ")),
+        "{why:?}"
+    );
+    assert!((dead[0].attempts, dead[0].partition_key.as_deref()) == (1, Some("k")) && dead[0].dead_at_ms > 0);
+
+    // Mended and replayed, it is published; what is replayed as it is dies again.
+    let good = String::from_utf8(codec::encode(&event(2, None)).unwrap()).unwrap();
+    client.execute("UPDATE polybus_outbox SET event = $1 WHERE event_id = 'no-json'", &[&good]).await.unwrap();
+    assert_eq!(relay.replay(Some("nobody")).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(relay.replay(Some("no-type")).await.unwrap(), 1);
+    assert_eq!(relay.relay_batch().await.unwrap().malformed, 1);
+    assert_eq!(relay.replay(None).await.unwrap(), 3);
+    assert_eq!(relay.relay_batch().await.unwrap().relayed, 1);
+    assert_eq!(bus.numbers(), [1, 2]);
+    assert_eq!((relay.purge_dead(Some("no-type")).await.unwrap(), relay.purge_dead(None).await.unwrap()), (1, 1));
+}
+
+#[tokio::test]
+async fn what_is_refused_is_tried_again_and_dies_when_the_attempts_are_used_up() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    insert_numbers(&ground.server.connect().await, 3, 0).await;
+    bus.refuse(|event| (crate::ground::number(event) == 1).then(|| Error::connection_failed("not this one")));
+    let relay = ground.relay(&bus);
+    let first = relay.relay_batch().await.unwrap();
+    assert_eq!((first.relayed, first.publish_failed, first.dead_lettered), (2, 1, 0));
+    for attempt in 2..=4 {
+        let batch = relay.relay_batch().await.unwrap();
+        assert_eq!((batch.attempted, batch.dead_lettered), (1, u64::from(attempt == 4)), "attempt {attempt}");
+    }
+    let dead = relay.dead_letters(0, 10).await.unwrap();
+    assert_eq!((dead.len(), dead[0].attempts, &*dead[0].last_error), (1, 4, "connection_failed: not this one"));
+    assert_eq!(bus.numbers(), [0, 2]);
+}
+
+#[tokio::test]
+async fn only_old_delivered_rows_are_purged() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    client.batch_execute("INSERT INTO polybus_outbox (event_id, type, event, status, created_at, delivered_at)
+        SELECT n, 'a', '{}', CASE WHEN n % 10 = 0 THEN 'dead' ELSE 'delivered' END, now() - interval '2 days', now() - interval '2 days'
+        FROM generate_series(1, 5000) n").await.unwrap();
+    client.batch_execute("UPDATE polybus_outbox SET delivered_at = now() WHERE seq <= 100").await.unwrap();
+    insert_numbers(&client, 3, 0).await;
+    let relay = ground.relay(&bus);
+    assert_eq!(relay.relay_batch().await.unwrap().relayed, 3);
+    assert_eq!(relay.purge(Duration::from_secs(86_400)).await.unwrap(), 4500 - 90);
+    assert_eq!((ground.count("delivered"), ground.count("dead")), (93, 500));
+}
+
+#[tokio::test]
+async fn a_notification_wakes_it_and_so_does_a_call() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    let relay =
+        ground.relay_with(&bus, RelayOptions { poll_interval: Duration::from_secs(3600), ..Default::default() });
+    let listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND state = 'idle'";
+    let statement = wake(&Table::parse("polybus_outbox").unwrap(), Style::Dollar);
+    working(std::slice::from_ref(&relay), async {
+        loop {
+            if client.query_one(listening, &[]).await.unwrap().get::<_, i64>(0) == 1 {
+                break;
+            }
+        }
+        // Long pauses grow from short ones: by now it may still look by itself, and later it does not.
+        for (number, by_call) in [(1, false), (2, true), (3, false)] {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            insert(&client, &event(number, None)).await;
+            if by_call {
+                relay.wake();
+            } else {
+                client.execute(&statement.sql, &[&"polybus_outbox"]).await.unwrap();
+            }
+            ground.until_delivered(&client, number as i64).await;
+        }
+    })
+    .await;
+    assert_eq!(bus.numbers(), [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn its_health_and_metrics_tell_what_happens() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    let relay = ground.relay(&bus);
+    assert!(!relay.health().healthy);
+    working(std::slice::from_ref(&relay), async {
+        insert_numbers(&client, 3, 0).await;
+        ground.until_delivered(&client, 3).await;
+        assert!(relay.health().healthy, "{:?}", relay.health());
+        bus.away.store(true, std::sync::atomic::Ordering::SeqCst);
+        insert(&client, &event(3, None)).await;
+        while relay.health().healthy {
+            tokio::task::yield_now().await;
+        }
+        assert!(relay.health().bus.unwrap().contains("away"));
+        let text = relay.metrics().await;
+        for line in [
+            "polybus_relay_relayed_total{table=\"polybus_outbox\"} 3",
+            "polybus_relay_pending{table=\"polybus_outbox\"} 1",
+            "polybus_relay_workers{table=\"polybus_outbox\"} 1",
+            "polybus_relay_healthy{table=\"polybus_outbox\"} 0",
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line} is not in {text}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_bus_that_drops_what_fails_is_refused() {
+    let bus = World::new("memory").bus_with(BusOptions { fail_open: true, ..BusOptions::new("test") });
+    let refused = Relay::new("postgres://h/d", Arc::new(bus), RelayOptions::default()).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidConfig);
+}
