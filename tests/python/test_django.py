@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pymysql
 import pytest
 
 from database_server import MariaServer, PostgresServer
+from polybus import Bus
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 ENGINES = {"postgres": "postgresql", "sqlite": "sqlite3", "mysql": "mysql"}
@@ -120,6 +122,39 @@ mark = InboxMark.objects.get(consumer="billing")
 assert mark.pk == ("billing", event.meta.id) and abs(now - mark.processed_at) < timedelta(minutes=1)
 """,
     )
+
+
+def test_a_command_relays(migrated: dict[str, Any], tmp_path: Path) -> None:
+    program(migrated, 'with transaction.atomic("shop"): store([placed(1), placed(2)])')
+    bus = f"sqlite:///{tmp_path}/bus.db"
+    command = ("polybus_relay", "--database", "shop", "--bus", bus, "--once")
+    if "mysql" in migrated["ENGINE"]:
+        with pytest.raises(AssertionError, match=r"CommandError: .*not yet in MySQL"):
+            manage(migrated, *command)
+        return
+    assert manage(migrated, *command) == "2 events relayed\n"
+    assert manage(migrated, *command) == "0 events relayed\n"
+    done = program(migrated, 'print(*OutboxRow.objects.values_list("status", "attempts"))')
+    assert done == "('delivered', 0) ('delivered', 0)\n"
+
+    async def arrived() -> list[int]:
+        async with Bus(bus, service="test") as reader:
+            return [entry.event.payload["number"] for entry in await reader.history("order.*")]
+
+    assert asyncio.run(arrived()) == [1, 2]
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    settings = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "x.db")}
+    bus = f"sqlite:///{tmp_path}/bus.db"
+    for given, words in (
+        (["--bus", bus, "--database", "shpo"], "no database 'shpo'"),
+        (["--bus", bus, "--database", "shop"], "polybus_outbox is missing"),
+        (["--bus", "sqlit:///x", "--database", "shop"], "did you mean"),
+        (["--bus", "", "--database", "shop"], "POLYBUS_URL"),
+    ):
+        with pytest.raises(AssertionError, match=f"CommandError: .*{words}"):
+            manage(settings, "polybus_relay", "--once", *given)
 
 
 def test_a_commit_pokes_the_relay(migrated: dict[str, Any]) -> None:

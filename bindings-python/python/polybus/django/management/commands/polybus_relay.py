@@ -68,12 +68,12 @@ def _made(alias: str, bus: Bus, workers: int) -> Relay:
         return Relay(_url(connection), bus, workers=workers)
 
     def execute(sql: str, params: Sequence[Any]) -> tuple[list[Any], int]:
-        with connection.cursor() as cursor:
+        with connections[alias].cursor() as cursor:
             cursor.execute(sql, params)
             rows = cursor.fetchall() if cursor.description else []
             return rows, cursor.rowcount
 
-    # Always on the same thread, because Django has a connection for each.
+    # Always on the same thread, because Django has a connection for each; it is not this one.
     return Relay(sync_to_async(execute), bus, dialect=connection.vendor, style="%s")
 
 
