@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use polybus_core::Event;
 use polybus_core::options::Naming;
-use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Insert, Outbox, Param, Statement, Style};
+use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Insert, Outbox, Param, Statement, Style, relay};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
@@ -74,6 +74,12 @@ impl PyOutbox {
 
     fn ddl(&self, py: Python<'_>, dialect: &str) -> PyResult<Vec<String>> {
         Ok(self.0.table().outbox_ddl(Dialect::parse(dialect).map_err(raise(py))?))
+    }
+
+    /// What tells relays that listen that rows were committed. PostgreSQL only.
+    fn wake(&self, py: Python<'_>, style: &str) -> PyResult<Sql> {
+        let style = Style::parse(style).map_err(raise(py))?;
+        sql(py, &relay::wake(self.0.table(), style), style)
     }
 
     /// What fails if and only if the table cannot be used.

@@ -187,6 +187,8 @@ test("an outbox in SQLite goes through the application's driver", async () => {
     await running
     assert.deepEqual(numbers, [...Array(30).keys()])
     assert.equal((await relay.stats()).pending, 0)
+    database.exec('DROP TABLE polybus_outbox')
+    await assert.rejects(relay.relayBatch(), { code: 'invalid_config', message: /polybus outbox ddl --dialect sqlite/ })
     database.close()
     await assert.rejects(relay.relayBatch(), PolybusError)
   } finally {

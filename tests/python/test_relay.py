@@ -215,7 +215,7 @@ async def test_an_outbox_in_sqlite_goes_through_the_applications_driver(tmp_path
         await running
     assert numbers == list(range(30))
     mine.execute("DROP TABLE polybus_outbox")
-    with pytest.raises(ConnectionFailed, match="no such table"):
+    with pytest.raises(InvalidConfig, match="polybus outbox ddl --dialect sqlite"):
         await relay.relay_batch()
 
 

@@ -116,7 +116,8 @@ function alone(what: string): InvalidConfig {
   )
 }
 
-function missing(table: Table, dialect: Dialect, cause: unknown): unknown {
+/** What to throw for a statement that {@link lacksTable}. */
+export function missing(table: Table, dialect: Dialect, cause: unknown): Error {
   const error = fromNative(new Error(table.missing(dialect))) as Error
   Object.defineProperty(error, 'cause', { value: cause, configurable: true, writable: true })
   return error
@@ -135,7 +136,7 @@ const WORDS = /no such table|no such column|has no column named|unknown database
 const SQLITE = /^(SQLITE_ERROR|ERR_SQLITE_ERROR)$/
 
 /** Whether a statement failed for want of its table or of a column, as each driver says it. */
-function lacksTable(error: unknown, depth = 6): boolean {
+export function lacksTable(error: unknown, depth = 6): boolean {
   if (typeof error !== 'object' || error === null || depth === 0) return false
   const { code, originalCode, errno, message, cause, driverError, meta, driverAdapterError } = error as Shape
   if (STATES.has(code) || STATES.has(originalCode) || NUMBERS.has(errno)) return true

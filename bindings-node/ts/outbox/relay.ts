@@ -9,6 +9,7 @@ import { call, fromNative, InvalidConfig, type PolybusError } from '../errors.js
 import { describe, describeValue, optionsText } from '../json.js'
 import { native } from '../native.js'
 import type { RetryPolicy } from '../retry.js'
+import { lacksTable, missing } from './driver.js'
 
 /** What a statement gave. */
 export interface ExecutorResult {
@@ -143,6 +144,8 @@ interface SyncDatabase {
  */
 export class Relay {
   readonly #native: InstanceType<typeof native.NativeRelay>
+  readonly #table: InstanceType<typeof native.NativeOutbox>
+  readonly #dialect: 'postgres' | 'sqlite'
   readonly #execute: Executor
   readonly #policy: FailurePolicy
   readonly #asks: boolean
@@ -169,13 +172,14 @@ export class Relay {
         `the database of a relay is a URL, a database of better-sqlite3 or node:sqlite, or a function that runs ` +
           `statements, and not ${describeValue(database)}`,
       )
-    const speaks = dialect ?? (style === '$' ? 'postgres' : 'sqlite')
+    this.#table = call(() => new native.NativeOutbox(JSON.stringify({ table: rest.table })))
+    this.#dialect = dialect ?? (style === '$' ? 'postgres' : 'sqlite')
     this.#native = call(
       () =>
         new native.NativeRelay(
           url,
-          speaks,
-          style ?? (speaks === 'postgres' ? '$' : '?'),
+          this.#dialect,
+          style ?? (this.#dialect === 'postgres' ? '$' : '?'),
           nativeOf(bus),
           failurePolicy !== undefined,
           optionsText(rest, 'relay'),
@@ -298,7 +302,9 @@ export class Relay {
           this.#native.answerDecision(asked.id, milliseconds(await this.#policy(asked.attempts, error)))
         }
       } catch (error) {
-        this.#native.answerError(asked.id, !(error instanceof TypeError), describe(error))
+        if (lacksTable(error))
+          this.#native.answerError(asked.id, false, missing(this.#table, this.#dialect, error).message)
+        else this.#native.answerError(asked.id, !(error instanceof TypeError), describe(error))
       }
     }
   }

@@ -45,12 +45,22 @@ pub(super) struct Command {
     /// Most rows in one claim
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     batch: u16,
+    /// Seconds without a sign of life after which another relay takes what this one had claimed
+    #[arg(long, default_value_t = 30.0, value_parser = seconds)]
+    lease: f64,
     /// Where to listen for NOTIFY when --db leads to PgBouncer
     #[arg(long)]
     listen_url: Option<String>,
     /// Serve /health and /metrics at this address, such as 127.0.0.1:9187
     #[arg(long)]
     http: Option<SocketAddr>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if (0.1..=86_400.0).contains(&number) => Ok(number),
+        _ => Err("give seconds from 0.1 to 86400".to_owned()),
+    }
 }
 
 impl Command {
@@ -65,6 +75,7 @@ impl Command {
             table: self.table,
             workers: self.workers.into(),
             batch: self.batch.into(),
+            lease: Duration::from_secs_f64(self.lease),
             listen_url: self.listen_url,
             ..RelayOptions::default()
         };

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 from polybus._native import Event, NativeInsert, NativeOutbox
 from polybus.errors import InvalidConfig
+from polybus.outbox import _collect
 from polybus.outbox._driver import Statement, Steps, async_driver, drive, drive_async, sync_driver
 
 __all__ = ["Dialect", "Outbox", "Statement", "Style"]
@@ -91,6 +92,15 @@ class Outbox:
         stored = await drive_async(driver, steps, self._native, what="the event", allow_autocommit=allow_autocommit)
         return stored[0] if isinstance(event, Event) else stored
 
+    def add(self, event: Event[Any] | Iterable[Event[Any]], session: Any) -> None:
+        """Let a SQLAlchemy `Session` or `AsyncSession` store the event when it commits; nothing is to be awaited.
+
+        All that was added in one transaction is stored in one statement, before the commit. What was added inside
+        `begin_nested` is forgotten when that is rolled back. `InvalidConfig` for another kind of session; what
+        `store` raises comes from the commit, `TypeError` for what is no event at once.
+        """
+        _collect.add(self, _events(event), session)
+
     def statement(
         self,
         event: Event[Any] | Iterable[Event[Any]],
@@ -121,14 +131,17 @@ class Outbox:
     def _inserts(
         self, dialect: str | None, style: str, event: Event[Any] | Iterable[Event[Any]], dedupe_key: str | None
     ) -> list[NativeInsert]:
-        one = isinstance(event, Event)
-        events = [event] if isinstance(event, (Event, str)) else list(event)
-        for given in events:
-            if not isinstance(given, Event):
-                raise TypeError(f"the outbox stores events, not {type(given).__name__}: make one with Event.create(…)")
-        if dedupe_key is not None and not one:
+        if dedupe_key is not None and not isinstance(event, Event):
             raise TypeError("dedupe_key= belongs to one event; give each of many an idempotency_key")
-        return self._native.insert(dialect, style, events, dedupe_key)
+        return self._native.insert(dialect, style, _events(event), dedupe_key)
+
+
+def _events(given: Event[Any] | Iterable[Event[Any]]) -> list[Event[Any]]:
+    events = [given] if isinstance(given, (Event, str)) else list(given)
+    for event in events:
+        if not isinstance(event, Event):
+            raise TypeError(f"the outbox stores events, not {type(event).__name__}: make one with Event.create(…)")
+    return events  # type: ignore[return-value]
 
 
 def _steps(inserts: list[NativeInsert]) -> Steps[list[bool]]:

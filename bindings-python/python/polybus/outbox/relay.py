@@ -12,8 +12,9 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from polybus import _runtime
-from polybus._native import Event, NativeRelay
+from polybus._native import Event, NativeOutbox, NativeRelay
 from polybus.errors import InvalidConfig, PolybusError
+from polybus.outbox._driver import lacks_table
 from polybus.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ class Relay:
                 f"not {type(database).__qualname__}"
             )
         spoken = (dialect or ("sqlite" if style == "?" else "postgres"), style or ("?" if dialect == "sqlite" else "$"))
+        self._dialect = spoken[0]
+        self._table = NativeOutbox(table=given.get("table"))
         self._native = NativeRelay(url, *spoken, bus._native, failure_policy is not None, given)
         self._asks = self._execute is not None or self._policy is not None
         self._using = 0
@@ -294,6 +297,9 @@ class Relay:
                     assert self._policy is not None
                     self._native.answer_decision(number, _seconds(await _awaited(self._policy(first, second))))
             except Exception as error:
+                if lacks_table(error):
+                    self._native.answer_error(number, False, str(self._table.missing(self._dialect)))
+                    continue
                 retryable = not isinstance(error, (TypeError, ValueError, AttributeError, AssertionError))
                 self._native.answer_error(number, retryable, f"{type(error).__qualname__}: {error}")
 
