@@ -15,6 +15,11 @@ CARGO_DENY_VERSION := 0.20.2
 BUS ?=
 # Not `npm ci`: it wants the lock to name every platform's optional binaries, also those that a registry does not serve.
 # This installs what the lock says, checked by its checksums, and leaves the lock as it is.
+# Addons compile against the headers beside node where they are, instead of downloading them.
+NODE_PREFIX := $(shell node -p 'path.dirname(path.dirname(process.execPath))' 2>/dev/null)
+ifneq ($(wildcard $(NODE_PREFIX)/include/node/node.h),)
+export npm_config_nodedir := $(NODE_PREFIX)
+endif
 NPM_INSTALL := npm install --no-save --no-audit --no-fund --loglevel=error
 
 # What the compiled modules are made of.
@@ -28,6 +33,8 @@ MODULES := node_modules/.installed
 PYTHON_BUILT := bindings-python/python/polybus/_native.abi3.so
 ADDON_BUILT := bindings-node/native/.built
 DIST_BUILT := bindings-node/dist/.built
+# What Prisma makes of the example's schema. It downloads an engine unless told that there is one; this needs none.
+PRISMA_BUILT := examples/outbox/generated/client.ts
 GENERATED := bindings-node/native/index.js bindings-node/native/index.d.ts Cargo.lock package-lock.json
 
 .PHONY: help
@@ -73,6 +80,10 @@ $(DIST_BUILT): $(TS) $(ADDON_BUILT)
 	npm run --silent build:ts
 	@touch $@
 
+$(PRISMA_BUILT): examples/outbox/schema.prisma $(MODULES)
+	PRISMA_SCHEMA_ENGINE_BINARY=/bin/true node_modules/.bin/prisma generate --schema $< >/dev/null
+	@touch $@
+
 # ---- test ---------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-rust test-python test-node test-types test-dist
@@ -95,7 +106,7 @@ test-node: build ## Node tests
 	[ $${#files[@]} -gt 0 ] || { echo 'no Node tests found' >&2; exit 1; }; \
 	node --import tsx --test --test-reporter spec $(ARGS) "$${files[@]}"
 
-test-types: build ## Programs that must, and must not, type-check: tests/*/typing
+test-types: build $(PRISMA_BUILT) ## Programs that must, and must not, type-check: tests/*/typing
 	$(PY) -m mypy tests/python/typing
 	node_modules/.bin/tsc --noEmit -p tsconfig.json
 
@@ -118,7 +129,7 @@ check-python: build-python
 	$(PY) -m mypy bindings-python/python/polybus $(wildcard examples/*/*.py)
 	$(PY) -m mypy.stubtest polybus._native --mypy-config-file pyproject.toml --ignore-disjoint-bases
 
-check-node: build-node
+check-node: build-node $(PRISMA_BUILT)
 	node_modules/.bin/tsc --noEmit -p tsconfig.json
 	node_modules/.bin/biome ci --error-on-warnings .
 
@@ -141,12 +152,15 @@ fix: setup ## Format everything, and apply the fixes that lints offer
 
 # ---- run ----------------------------------------------------------------------------------------------------------
 
-.PHONY: demo demo-redis bench bench-redis docs dist clean
+.PHONY: demo demo-redis demo-outbox bench bench-redis docs dist clean
 demo: setup build ## The main job: shop, warehouse and mailer on one bus; BUS=<url> chooses another
 	$(PY) examples/demo/run.py $(if $(BUS),--bus '$(BUS)')
 
 demo-redis: setup build ## The main job on a redis-server of its own, started on a free port and ended afterwards
 	$(PY) examples/demo/run.py --redis
+
+demo-outbox: setup build $(PRISMA_BUILT) ## Orders through two databases, their outboxes and Redis, while Redis goes away and a relay is killed
+	$(PY) examples/outbox/outbox_demo.py $(ARGS)
 
 bench: setup build bench/.venv/.installed ## Figures beside peers, in their own environment; rewrites bench/README.md
 	bench/.venv/bin/python bench/run.py $(ARGS)

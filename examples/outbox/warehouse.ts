@@ -14,7 +14,7 @@ const inbox = new Inbox()
 bus.on<{ orderId: string }>('order.placed', { concurrency: 8 }, async function reserve(event) {
   const { orderId } = event.payload
   await prisma.$transaction(async (tx) => {
-    if (!(await inbox.once(tx, event, { consumer: 'warehouse' }))) {
+    if (!(await inbox.once(event, tx, { consumer: 'warehouse' }))) {
       await tx.suppressed.create({ data: { eventId: event.meta.id } })
       return
     }

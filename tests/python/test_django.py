@@ -1,4 +1,4 @@
-"""The Django app: migrations, models, `store` with its poke, on three databases. Each project is a process of its own."""
+"""The Django app: migrations, models, `store` and its poke, the command. Each project is a process of its own."""
 
 from __future__ import annotations
 

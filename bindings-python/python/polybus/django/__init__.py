@@ -1,10 +1,7 @@
 """Django: the tables of the outbox and the inbox as migrations, `store`, and `manage.py polybus_relay`.
 
-    INSTALLED_APPS = [..., "polybus.django"]
-
-    with transaction.atomic():
-        order.save()
-        store(Event.create("order.placed", {"orderId": order.pk}))
+Put `"polybus.django"` into `INSTALLED_APPS` and migrate. Then, inside `transaction.atomic()`, write
+`store(Event.create(…))` beside `order.save()`: both commit, or neither does.
 """
 
 from __future__ import annotations
@@ -41,11 +38,7 @@ def store(
     from polybus.django.models import OutboxRow
 
     using = using or router.db_for_write(OutboxRow)
-    stored: Any
-    if dedupe_key is None:
-        stored = outbox.store(event, using)
-    else:
-        stored = outbox.store(event, using, dedupe_key=dedupe_key)  # type: ignore[call-overload]
+    stored: bool | list[bool] = outbox.store(event, using, dedupe_key=dedupe_key)  # type: ignore[arg-type]
     # Django drops it when the block, or the savepoint around this call, is rolled back.
     transaction.on_commit(lambda: _poke.poke(using), using=using, robust=True)
-    return stored  # type: ignore[no-any-return]
+    return stored

@@ -11,7 +11,7 @@ _last: dict[str, float] = {}
 
 
 def poke(using: str) -> None:
-    """Tell relays that listen on this database. Without PostgreSQL, or between two pokes, they find the row by polling."""
+    """Tell relays that listen on this database. Otherwise they find the row at their next look."""
     from django.db import connections
 
     from polybus.django import outbox

@@ -14,18 +14,20 @@ class OutboxRow(models.Model):
     event_id = models.CharField(max_length=255, unique=True)
     type = models.CharField(max_length=255)
     event = models.TextField()
-    partition_key = models.CharField(max_length=512, null=True)  # noqa: DJ001 - what other writers leave out is NULL
-    dedupe_key = models.CharField(max_length=512, null=True)  # noqa: DJ001
+    partition_key = models.CharField(max_length=512, null=True)
+    dedupe_key = models.CharField(max_length=512, null=True)
     status = models.CharField(max_length=16, default="pending")
     attempts = models.IntegerField(default=0)
     visible_at = DatabaseTime()
-    lease_token = models.CharField(max_length=255, null=True)  # noqa: DJ001
+    lease_token = models.CharField(max_length=255, null=True)
     lease_until = DatabaseTime(null=True)
-    last_error = models.TextField(null=True)  # noqa: DJ001
+    last_error = models.TextField(null=True)
     created_at = DatabaseTime()
     delivered_at = DatabaseTime(null=True)
 
     class Meta:
+        """Its table."""
+
         db_table = "polybus_outbox"
         verbose_name = "outbox row"
 
@@ -42,6 +44,8 @@ class InboxMark(models.Model):
     processed_at = DatabaseTime()
 
     class Meta:
+        """Its table."""
+
         db_table = "polybus_inbox"
         verbose_name = "inbox mark"
 

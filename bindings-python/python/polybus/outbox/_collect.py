@@ -60,7 +60,7 @@ def add(outbox: Outbox, events: list[Event[Any]], session: Any) -> None:
         Session = ()  # type: ignore[assignment, misc]  # noqa: N806
     if not isinstance(session, Session):
         raise InvalidConfig(
-            f"add() got {describe(session)}; give a SQLAlchemy Session or AsyncSession, or use store() for what it takes"
+            f"add() got {describe(session)}; give a SQLAlchemy Session or AsyncSession; store() takes more"
         )
     if not session.in_transaction():
         session.begin()

@@ -141,7 +141,7 @@ def _events(given: Event[Any] | Iterable[Event[Any]]) -> list[Event[Any]]:
     for event in events:
         if not isinstance(event, Event):
             raise TypeError(f"the outbox stores events, not {type(event).__name__}: make one with Event.create(…)")
-    return events  # type: ignore[return-value]
+    return events
 
 
 def _steps(inserts: list[NativeInsert]) -> Steps[list[bool]]:

@@ -14,6 +14,7 @@ TABLES = ("polybus_inbox", "polybus_outbox")
 
 
 def make(_apps: Any, editor: Any) -> None:
+    """Run the statements of `Outbox.ddl` and `Inbox.ddl`."""
     dialect: Any = DIALECTS.get(editor.connection.vendor)
     if dialect is None:
         raise NotImplementedError(
@@ -25,6 +26,7 @@ def make(_apps: Any, editor: Any) -> None:
 
 
 def drop(_apps: Any, editor: Any) -> None:
+    """Undo it."""
     for table in TABLES:
         editor.execute(f"DROP TABLE IF EXISTS {editor.quote_name(table)}", params=None)
 

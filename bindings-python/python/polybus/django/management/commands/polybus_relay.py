@@ -81,8 +81,8 @@ def _url(connection: Any) -> str:
     """The database of these settings for libpq, and so for the relay's own connections."""
     given = {name: str(value) for name, value in connection.get_connection_params().items() if _plain(value)}
     database = quote(given.pop("dbname", ""), safe="")
-    known = {name: given[name] for name in ("host", "port", "user", "password", "sslmode", "sslrootcert") if name in given}
-    return f"postgresql:///{database}?{urlencode(known)}"
+    known = [name for name in ("host", "port", "user", "password", "sslmode", "sslrootcert") if name in given]
+    return f"postgresql:///{database}?{urlencode({name: given[name] for name in known})}"
 
 
 def _plain(value: Any) -> bool:

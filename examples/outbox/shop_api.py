@@ -72,13 +72,12 @@ async def place(order_id: Annotated[str, Body(embed=True)]) -> dict[str, str]:
 @bus.on("stock.reserved", concurrency=8)
 async def reserved(event: Event) -> None:
     """Note the answer, once, however often it is delivered."""
-    async with sessions.begin() as session:
-        async with inbox.once(session, event, consumer="shop") as first:
-            if first:
-                change = update(Order).where(Order.order_id == event.payload["orderId"])
-                await session.execute(change.values(reserved=Order.reserved + 1))
-            else:
-                session.add(Suppressed(event_id=event.meta.id))
+    async with sessions.begin() as session, inbox.once(session, event, consumer="shop") as first:
+        if first:
+            change = update(Order).where(Order.order_id == event.payload["orderId"])
+            await session.execute(change.values(reserved=Order.reserved + 1))
+        else:
+            session.add(Suppressed(event_id=event.meta.id))
 
 
 if __name__ == "__main__":
