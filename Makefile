@@ -13,13 +13,13 @@ PY := .venv/bin/python
 PIP_VERSION := 26.3
 CARGO_DENY_VERSION := 0.20.2
 BUS ?=
-# Not `npm ci`: it wants the lock to name every platform's optional binaries, also those that a registry does not serve.
-# This installs what the lock says, checked by its checksums, and leaves the lock as it is.
 # Addons compile against the headers beside node where they are, instead of downloading them.
 NODE_PREFIX := $(shell node -p 'path.dirname(path.dirname(process.execPath))' 2>/dev/null)
 ifneq ($(wildcard $(NODE_PREFIX)/include/node/node.h),)
 export npm_config_nodedir := $(NODE_PREFIX)
 endif
+# Not `npm ci`: it wants the lock to name every platform's optional binaries, also those that a registry does not serve.
+# This installs what the lock says, checked by its checksums, and leaves the lock as it is.
 NPM_INSTALL := npm install --no-save --no-audit --no-fund --loglevel=error
 
 # What the compiled modules are made of.

@@ -26,9 +26,7 @@ impl Member {
         if batch.iter().all(|(_, held, _)| held.mark.is_none()) {
             return self.settle_together(batch).await;
         }
-        // What a full server refuses must not keep acknowledgements from it.
-        let is_end = |(_, _, verdict): &_| matches!(verdict, Verdict::Ack | Verdict::Drop);
-        let (ends, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(is_end);
+        let (ends, rest): (Vec<_>, Vec<_>) = batch.into_iter().partition(|(_, _, verdict)| needs_no_room(verdict));
         let mut lost = match self.settle_together(ends.clone()).await {
             Err(failure) if failure.full => self.settle_in_turn(ends).await?,
             other => other?,
@@ -55,7 +53,8 @@ impl Member {
             return Ok(Vec::new());
         }
         let safe_until = time::boot_ms() + MARGIN;
-        let (mut plain, mut fenced, mut ack) = (Vec::new(), Vec::new(), redis::cmd("XACK"));
+        let (mut plain, mut ack) = (Vec::new(), redis::cmd("XACK"));
+        let (mut ends, mut rest) = (Vec::new(), Vec::new());
         ack.arg(&self.partition.keys.events).arg(&*self.group);
         let mut marks = Vec::new();
         for (lease, held, verdict) in batch {
@@ -67,7 +66,8 @@ impl Member {
                     ack.arg(id.to_string());
                     plain.push(lease);
                 }
-                _ => fenced.push((lease, held, verdict)),
+                _ if needs_no_room(&verdict) => ends.push((lease, held, verdict)),
+                _ => rest.push((lease, held, verdict)),
             }
         }
         let mut commands = Pipeline::new();
@@ -79,8 +79,9 @@ impl Member {
         if !plain.is_empty() {
             commands.add_command(ack);
         }
-        let script = (!fenced.is_empty()).then(|| self.settle_command(&fenced));
-        if let Some(script) = &script {
+        let fenced = [ends, rest].into_iter().filter(|part| !part.is_empty());
+        let scripts: Vec<_> = fenced.map(|part| (self.settle_command(&part), part)).collect();
+        for (script, _) in &scripts {
             commands.add_command(script.clone());
         }
         if !marks.is_empty() {
@@ -102,7 +103,7 @@ impl Member {
             lost.extend(plain.iter().skip(acked));
             self.done(&plain);
         }
-        if let Some(script) = script {
+        for (script, fenced) in scripts {
             let answer = match answer() {
                 Err(failure) if failure.no_script => {
                     self.partition.work.script(self.settling().0, &script, self.partition.patience()).await?
@@ -194,6 +195,11 @@ impl Member {
         lost.into_iter().for_each(|((lease, _), _)| drop(self.hold.remove(lease)));
         Ok(())
     }
+}
+
+/// What a full server refuses must not keep the others from it, so these go in a command of their own, first.
+fn needs_no_room(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Ack | Verdict::Drop)
 }
 
 /// The answers of a transaction, each of which may be an error.

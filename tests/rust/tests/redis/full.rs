@@ -5,9 +5,9 @@ use std::time::Duration;
 use polybus_conformance::redis_server::*;
 use polybus_conformance::*;
 use polybus_core::delivery::Failure;
-use polybus_core::handler::{Job, Outcome, from_fn};
+use polybus_core::handler::{Job, Outcome, from_batch_fn, from_fn};
 use polybus_core::transport::Outgoing;
-use polybus_core::{Bus, BusOptions, ErrorKind, SubscribeOptions};
+use polybus_core::{BatchOptions, Bus, BusOptions, ErrorKind, SubscribeOptions};
 
 use crate::support::*;
 
@@ -67,6 +67,37 @@ async fn a_dead_letter_waits_until_it_can_be_stored() {
     let letters = bus.dead_letters(Default::default(), None, 10).await.unwrap();
     assert_eq!(letters.len(), 1);
     assert_eq!(letters[0].event.as_ref().unwrap().payload, "0");
+}
+
+/// What comes again is acknowledged by the script that stores dead letters.
+#[tokio::test]
+async fn acknowledgements_do_not_wait_for_a_dead_letter() {
+    let server = RedisServer::start();
+    let bus = hasty(&server.url());
+    let trouble = || Failure::new("Trouble", "as the test wants", "at test");
+    // A batch, so that all are settled in one go.
+    let handler = from_batch_fn(move |jobs: Vec<Job>| async move {
+        let outcome = |job: &Job| match (job.attempt, payload(job).as_str()) {
+            (1, _) => Outcome::RetryAfter(Duration::from_millis(500), trouble()),
+            (_, "0") => Outcome::Rejected(trouble()),
+            _ => Outcome::Done,
+        };
+        jobs.iter().map(|job| (job.id, outcome(job))).collect()
+    });
+    let batch = Some(BatchOptions { size: 10, wait: Duration::from_secs(60) });
+    bus.subscribe("n", handler, SubscribeOptions { batch, ..SubscribeOptions::new("all") }).await.unwrap();
+    publish_numbers(&bus, "n", 10).await;
+    eventually("all wait", || async { Ok(bus.group_stats("test/all").await?.retrying == 10) }).await;
+    fill(&server);
+    eventually("all but one are finished", || async {
+        let stats = bus.group_stats("test/all").await?;
+        Ok(stats.in_flight == 1 && stats.retrying == 0)
+    })
+    .await;
+    assert_eq!(bus.dead_count(Default::default()).await.unwrap(), 0);
+    make_room(&server);
+    finished(&bus, "test/all").await;
+    assert_eq!(bus.dead_count(Default::default()).await.unwrap(), 1);
 }
 
 /// Moving what is there needs no room worth speaking of: retries and delayed events that fall due come all the same, and
