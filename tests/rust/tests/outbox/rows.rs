@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use polybus_conformance::redis_server::EndShared;
 use polybus_conformance::{World, event as any_event, listen};
 use polybus_core::codec;
 use polybus_core::outbox::relay::{Relay, RelayBatch, RelayOptions, wake};
@@ -14,6 +15,7 @@ use crate::ground::{Ground, Memo, event, insert, insert_numbers, insert_text, wo
 
 #[tokio::test]
 async fn rows_are_published_in_order_and_marked() {
+    let _end = EndShared; // the only one here that asks for it
     for transport in ["memory", "sqlite", "redis"] {
         let (ground, world) = (Ground::new(), World::new(transport));
         let bus = world.bus();

@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polybus_conformance::{World, eventually, listen};
+use polybus_conformance::redis_server::RedisServer;
+use polybus_conformance::{eventually, listen};
 use polybus_core::outbox::relay::RelayOptions;
 use polybus_core::{Bus, BusOptions};
 
@@ -75,10 +76,12 @@ async fn a_row_if_and_only_if_an_event_with_eight_relays() {
 
 #[tokio::test]
 async fn a_relay_that_is_killed_at_any_step_loses_nothing() {
+    let server = RedisServer::start();
+    let url = server.url();
     for (step, twice) in [("claimed", 0), ("published", 4), ("settled", 0)] {
-        let (ground, world) = (Ground::new(), World::new("redis"));
+        let ground = Ground::new();
         let bus = Bus::new(
-            &world.url,
+            &url,
             BusOptions { bus: format!("killed-{step}-{}", fastrand::u32(..)), ..BusOptions::new("test") },
         )
         .unwrap();
@@ -86,7 +89,7 @@ async fn a_relay_that_is_killed_at_any_step_loses_nothing() {
         let client = ground.server.connect().await;
         let events = insert_numbers(&client, 10, 0).await;
         let mut relay = Command::new(env!("CARGO_BIN_EXE_relay"));
-        relay.args([&ground.server.url(), &world.url, &bus.options().bus, step]).stdin(Stdio::null());
+        relay.args([&ground.server.url(), &url, &bus.options().bus, step]).stdin(Stdio::null());
         let mut relay = relay.spawn().unwrap();
         assert!(!tokio::task::spawn_blocking(move || relay.wait()).await.unwrap().unwrap().success());
         let other = polybus_core::outbox::relay::Relay::new(
