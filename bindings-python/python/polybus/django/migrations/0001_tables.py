@@ -8,8 +8,8 @@ from django.db import migrations, models
 
 import polybus.django.fields
 from polybus.outbox import Inbox, Outbox
+from polybus.outbox._django import DIALECTS
 
-DIALECTS = {"postgresql": "postgres", "sqlite": "sqlite", "mysql": "mysql"}
 TABLES = ("polybus_inbox", "polybus_outbox")
 
 
