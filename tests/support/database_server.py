@@ -10,6 +10,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,13 +45,16 @@ class DatabaseServer:
         deadline = time.monotonic() + DEADLINE
         while True:
             self.port = random.choice(PORTS)
-            self._log = self._folder / f"log-{self.port}"
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self._serve(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, **self._as
-                )
-            if self._comes_up(deadline):
+            if self._starts(deadline):
                 break
+
+    def _starts(self, deadline: float) -> bool:
+        self._log = self._folder / f"log-{self.port}"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._serve(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, **self._as
+            )
+        return self._comes_up(deadline)
 
     def _make(self) -> list[str]:
         """What makes the data."""
@@ -76,6 +80,17 @@ class DatabaseServer:
             time.sleep(0.02)
         self.close()
         raise AssertionError("the database does not come up")
+
+    def kill(self) -> None:
+        """`kill -9`: its sessions end when they notice."""
+        self._process.kill()
+        self._process.wait(DEADLINE)
+
+    def restart(self) -> None:
+        """Start it again, when it was stopped or killed, on the same port and with its data."""
+        deadline = time.monotonic() + DEADLINE
+        while not self._starts(deadline):
+            time.sleep(0.05)  # what is left of a killed one is in the way
 
     def close(self) -> None:
         self._process.kill()
@@ -115,6 +130,11 @@ class PostgresServer(DatabaseServer):
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return [self._program("postgres"), "-D", str(self._folder / "data"), *options]
+
+    def stop(self) -> None:
+        """End it in an orderly way, in which sessions are told that the server goes."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(DEADLINE)
 
 
 class MariaServer(DatabaseServer):

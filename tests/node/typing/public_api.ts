@@ -1,8 +1,4 @@
 // Checked by tsc, never run: what users write must type-check, and what they must not write must not.
-import type Database from 'better-sqlite3'
-import { drizzle } from 'drizzle-orm/better-sqlite3'
-import type { Knex } from 'knex'
-import type { Client } from 'pg'
 import {
   BatchFailed,
   Bus,
@@ -19,7 +15,6 @@ import {
   withRetry,
 } from 'polybus'
 import { instrument } from 'polybus/opentelemetry'
-import { inbox, Outbox } from 'polybus/outbox'
 import { TestBus } from 'polybus/testing'
 
 export const right: string = version()
@@ -176,25 +171,4 @@ export function middleware(bus: Bus<Events>): void {
   stop()
   const shared: Bus<Events> = Bus.shared<Events>('memory://', { service: 'a', onDuplicate: 'replace' })
   void instrument(shared).publish('order.paid', { cents: 1 })
-}
-
-// The outbox: what blocks returns at once, everything else a promise.
-export async function outbox(blocking: Database.Database, client: Client, trx: Knex.Transaction): Promise<void> {
-  const box = new Outbox({ table: 'app.outbox', service: 'shop' })
-  const event = Event.create('order.paid', { cents: 1 })
-  const one: boolean = box.store(event, blocking)
-  const many: boolean[] = box.store([event], blocking)
-  const drizzled: boolean = box.store(event, drizzle(blocking))
-  const later: boolean = await box.store(event, client, { dedupeKey: 'k' })
-  const laterMany: Promise<boolean[]> = box.store([event], trx)
-  // @ts-expect-error: a promise is no boolean
-  const wrong: boolean = box.store(event, client)
-  // @ts-expect-error: a type and a payload are no event
-  box.store('order.paid', blocking)
-  const first: boolean = inbox.once(event, blocking, { consumer: 'billing' })
-  const laterFirst: Promise<boolean> = inbox.once(event, trx)
-  const { sql, params } = box.statement(event, { style: '$' })
-  // @ts-expect-error: no such style
-  box.statement(event, { style: '%d' })
-  void [one, many, drizzled, later, laterMany, wrong, first, laterFirst, sql, params, box.ddl('mysql')]
 }

@@ -3,13 +3,11 @@
 An error that must be reported stands as `# type: ignore[code]`; strict mode fails when it is not reported.
 """
 
-import sqlite3
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, TypedDict
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import assert_type
 
 import polybus
@@ -34,7 +32,6 @@ from polybus import (
     with_retry,
 )
 from polybus.opentelemetry import instrument
-from polybus.outbox import Outbox, Statement, inbox
 from polybus.testing import MockHandler, TestBus
 
 version: str = polybus.version()
@@ -189,21 +186,3 @@ def errors(error: PolybusError) -> None:
     assert_type(error.code, str)
     assert_type(error.retryable, bool)
     assert_type(list(error.failures), list[tuple[int, PolybusError]])
-
-
-async def outbox(connection: sqlite3.Connection, session: AsyncSession) -> None:
-    box = Outbox(table="app.outbox", service="shop")
-    event = Event.create("order.paid", {"cents": 1})
-    assert_type(box.store(event, session=connection), bool)
-    assert_type(box.store([event], connection), list[bool])
-    assert_type(await box.store_async(event, session, dedupe_key="k"), bool)
-    assert_type(await box.store_async([event, event], session), list[bool])
-    box.store([event], connection, dedupe_key="k")  # type: ignore[call-overload]
-    assert_type(box.statement(event, style="$"), Statement)
-    box.statement(event, style="%d")  # type: ignore[arg-type]
-    assert_type(box.ddl("mysql"), list[str])
-    with inbox.once(connection, event, consumer="billing") as first:
-        assert_type(first, bool)
-    async with inbox.once(session, event.meta.id, consumer="billing") as first:
-        assert_type(first, bool)
-    assert_type(inbox.purge(connection, older_than=timedelta(days=7)), int)
