@@ -6,19 +6,10 @@ import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, test } from 'node:test'
-import { setTimeout as sleep } from 'node:timers/promises'
-import Database from 'better-sqlite3'
 import pg from 'pg'
 import { Bus, Event, InvalidConfig, NotFound, PayloadTooLarge, PolybusError } from 'polybus'
 import { Outbox, Relay } from 'polybus/outbox'
-
-async function until(condition: () => Promise<boolean> | boolean): Promise<void> {
-  const deadline = Date.now() + 20_000
-  while (!(await condition())) {
-    assert.ok(Date.now() < deadline, `never: ${condition}`)
-    await sleep(5)
-  }
-}
+import { until } from './support/until.ts'
 
 const program = new URL('../support/database_server.py', import.meta.url).pathname
 const venv = new URL('../../.venv/bin/python', import.meta.url).pathname
@@ -163,35 +154,4 @@ describe('a relay on PostgreSQL', () => {
       (error) => error instanceof InvalidConfig && /polybus outbox ddl --dialect postgres/.test(error.message),
     )
   })
-})
-
-test("an outbox in SQLite goes through the application's driver", async () => {
-  const folder = mkdtempSync(join(tmpdir(), 'polybus-relay-'))
-  try {
-    const database = new Database(join(folder, 'shop.db'))
-    const outbox = new Outbox()
-    for (const statement of outbox.ddl('sqlite')) database.exec(statement)
-    database.transaction(() => {
-      for (let number = 0; number < 30; number++)
-        outbox.store(Event.create('order.placed', number, { partitionKey: `k${number % 3}` }), database)
-    })()
-    await using bus = new Bus(`sqlite:///${join(folder, 'bus.db')}`, { service: 'shop' })
-    const numbers: number[] = []
-    bus.subscribe('**', (event) => void numbers.push(event.payload as number), { name: 'all', concurrency: 1 })
-    await bus.start()
-    assert.equal((await new Relay(database, bus, { batch: 10 }).relayBatch()).relayed, 10)
-    const relay = new Relay(database, bus)
-    const running = relay.run()
-    await until(() => numbers.length === 30)
-    relay.stop()
-    await running
-    assert.deepEqual(numbers, [...Array(30).keys()])
-    assert.equal((await relay.stats()).pending, 0)
-    database.exec('DROP TABLE polybus_outbox')
-    await assert.rejects(relay.relayBatch(), { code: 'invalid_config', message: /polybus outbox ddl --dialect sqlite/ })
-    database.close()
-    await assert.rejects(relay.relayBatch(), PolybusError)
-  } finally {
-    rmSync(folder, { recursive: true })
-  }
 })

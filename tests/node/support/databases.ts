@@ -11,6 +11,31 @@ import pg from 'pg'
 import { Event } from 'polybus'
 import { type Dialect, Inbox, Outbox } from 'polybus/outbox'
 
+/** `make test-node-sqlite`: tests run under a newer Node, for which better-sqlite3 is not compiled. */
+export const ONLY_NODE_SQLITE = process.env.POLYBUS_TEST_DRIVER === 'node:sqlite'
+
+export const SQLITE = ONLY_NODE_SQLITE ? 'node:sqlite' : 'better-sqlite3'
+
+/** A database of better-sqlite3, or of node:sqlite, which Node 20 lacks. */
+export async function openSqlite(path: string): Promise<SqliteDatabase> {
+  if (!ONLY_NODE_SQLITE) return new Sqlite(path)
+  const name: string = 'node:sqlite' // Node 20 lacks its types, too
+  const { DatabaseSync } = await import(name)
+  return new DatabaseSync(path)
+}
+
+/** What both have, and what the tests use. */
+export interface SqliteDatabase {
+  prepare(sql: string): {
+    all(...params: unknown[]): unknown[]
+    run(...params: unknown[]): { changes: number | bigint }
+  }
+  /** In node:sqlite it is `isTransaction`. */
+  readonly inTransaction: boolean
+  exec(sql: string): unknown
+  close(): unknown
+}
+
 const PROGRAM = fileURLToPath(new URL('../../support/database_server.py', import.meta.url))
 const running = new Map<Dialect, Promise<{ port: number; process: ChildProcess }>>()
 
@@ -99,16 +124,15 @@ async function mariadb(name: string): Promise<Database> {
 
 async function sqlite(name: string, folder: string): Promise<Database> {
   const path = `${folder}/${name}.db`
-  const db = new Sqlite(path)
-  db.pragma('journal_mode = WAL') // so that the test may look while a driver writes
+  const db = await openSqlite(path)
+  db.exec('PRAGMA journal_mode = WAL') // so that the test may look while a driver writes
   return {
     dialect: 'sqlite',
     url: '',
     path,
     query: async (sql) => {
-      const statement = db.prepare(sql)
-      if (statement.reader) return statement.all() as Record<string, unknown>[]
-      statement.run()
+      if (sql.startsWith('SELECT')) return db.prepare(sql).all() as Record<string, unknown>[]
+      db.exec(sql)
       return []
     },
     waits: async () => true, // nobody can tell

@@ -18,7 +18,7 @@ import pg from 'pg'
 import type { Dialect } from 'polybus/outbox'
 import postgres from 'postgres'
 import { DataSource } from 'typeorm'
-import type { Database } from './databases.ts'
+import { type Database, ONLY_NODE_SQLITE, openSqlite } from './databases.ts'
 
 /** What a transaction's function gets. */
 export interface Session {
@@ -397,15 +397,12 @@ export const DRIVERS: Driver[] = [
   },
 ]
 
-// Node 20 lacks it, and its types.
-const NODE_SQLITE: string = 'node:sqlite'
-const { DatabaseSync } = await import(NODE_SQLITE).catch(() => ({ DatabaseSync: undefined }))
-if (DatabaseSync !== undefined) {
-  DRIVERS.push({
+if (ONLY_NODE_SQLITE) {
+  DRIVERS.splice(0, DRIVERS.length, {
     name: 'node:sqlite',
     dialect: 'sqlite',
     open: async ({ path }) => {
-      const db = new DatabaseSync(path)
+      const db = await openSqlite(path)
       return blocking(
         db,
         (text) => db.exec(text),

@@ -32,7 +32,7 @@ async def outbox(connection: sqlite3.Connection, session: AsyncSession) -> None:
     assert_type(inbox.purge(connection, older_than=timedelta(days=7)), int)
     assert_type(await inbox.purge_async(session, older_than=3600, limit=10), int)
     Outbox(table=5)  # type: ignore[arg-type]
-    box.store("order.paid", connection)  # type: ignore[call-overload]
+    box.store("order.paid", connection)  # type: ignore[arg-type]
     await box.store_async(event)  # type: ignore[call-overload]
     box.ddl("oracle")  # type: ignore[arg-type]
     inbox.once(connection, 5)  # type: ignore[arg-type]

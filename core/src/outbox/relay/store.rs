@@ -144,7 +144,8 @@ impl Store {
         let answer = self.run(self.writer.claim(wanted)?).await?;
         let mut rows = Vec::with_capacity(answer.rows.len());
         let mut seen = None;
-        for row in answer.rows {
+        for mut row in answer.rows {
+            row.iter_mut().take(2).for_each(as_integer);
             match <[Param; 4]>::try_from(row) {
                 Ok([Param::Integer(count), Param::Integer(picked), depth, Param::Null]) => {
                     let depth = if let Param::Text(depth) = depth { depth.parse().unwrap_or(0) } else { 0 };
@@ -262,6 +263,7 @@ fn dead_row(row: Vec<Param>) -> Result<DeadRow> {
     };
     let number = |row: &mut std::vec::IntoIter<Param>| match row.next() {
         Some(Param::Integer(number)) => Some(number),
+        Some(Param::Text(text)) => text.parse().ok(),
         _ => None,
     };
     Ok(DeadRow {
@@ -283,6 +285,15 @@ fn number(answer: &Answer, column: usize) -> Result<i64> {
         Some(Param::Text(text)) => text.parse().map_err(|_| strange()),
         Some(Param::Null) => Ok(0),
         None => Err(strange()),
+    }
+}
+
+/// Where a driver hands out large integers as text, as node-postgres does.
+fn as_integer(param: &mut Param) {
+    if let Param::Text(text) = param
+        && let Ok(number) = text.parse()
+    {
+        *param = Param::Integer(number);
     }
 }
 
