@@ -20,6 +20,7 @@ from outbox_ground import Arrivals, Ground, Program, until
 from polybus import Event
 from polybus.outbox import Outbox, inbox
 
+pytestmark = pytest.mark.timeout(300)  # many processes, one after the other
 HERE = Path(__file__).parent / "outbox"
 LANGUAGES = {"python": [sys.executable, str(HERE / "service.py")], "node": ["node", str(HERE / "service.mjs")]}
 TABLES = [
