@@ -39,9 +39,8 @@ def ground() -> Iterator[Ground]:
 
 @pytest.fixture
 def arrivals(ground: Ground) -> Iterator[Arrivals]:
-    arrivals = Arrivals(ground.bus)
-    yield arrivals
-    arrivals.close()
+    with Arrivals(ground.bus) as arrivals:
+        yield arrivals
 
 
 class Service:

@@ -16,8 +16,7 @@ EACH = 25
 def test_django_and_prisma_share_an_outbox_and_an_inbox() -> None:
     tables = (ROOT / "examples/outbox/tables.sql").read_text()
     more = "CREATE TABLE orders (id TEXT); CREATE TABLE bills (id TEXT); CREATE TABLE bills_suppressed (id TEXT)"
-    with Ground(tables, more) as ground:
-        arrivals = Arrivals(ground.bus)
+    with Ground(tables, more) as ground, Arrivals(ground.bus) as arrivals:
         shop = {
             "ENGINE": "django.db.backends.postgresql",
             "NAME": "postgres",
@@ -63,4 +62,3 @@ def test_django_and_prisma_share_an_outbox_and_an_inbox() -> None:
         for answer in ("bill.sent", "stock.reserved"):
             until(lambda answer=answer: len(arrivals.of(answer)) >= 2 * len(orders), "answers come, and again")
             assert sorted(event.payload["orderId"] for event in arrivals.first(answer)) == orders
-        arrivals.close()

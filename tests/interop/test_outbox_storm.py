@@ -38,8 +38,7 @@ DELIVERED = "polybus_outbox WHERE status = 'delivered'"
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [2, 8])
 def test_a_row_if_and_only_if_its_event_arrives(count: int) -> None:
-    with Ground(TABLE) as ground:
-        arrivals = Arrivals(ground.bus)
+    with Ground(TABLE) as ground, Arrivals(ground.bus) as arrivals:
         languages = ["python", "node"] * (count // 2)
         # A claim that nobody marks is over soon: relays are killed, and so is what they say to the database.
         relays = [ground.relay(language, "--lease", "2", "--batch", "20") for language in languages]

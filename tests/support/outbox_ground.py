@@ -160,6 +160,7 @@ class Arrivals:
 
     def __init__(self, url: str) -> None:
         self.events: list[Event[Any]] = []
+        self._closed = False
         self._bus = Bus(url, service="witness")
         self._blocking = self._bus.blocking
         self._blocking.__enter__()
@@ -182,4 +183,13 @@ class Arrivals:
         return list(found.values())
 
     def close(self) -> None:
-        self._blocking.__exit__(None, None, None)
+        """Handle what is under way, and stop."""
+        if not self._closed:
+            self._closed = True
+            self._blocking.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
