@@ -1,10 +1,13 @@
-"""A private PostgreSQL for each runner, with its default durability, and beside it a private Redis where one is needed."""
+"""A private PostgreSQL for each runner, with its default durability, and a private Redis where one is needed."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +15,28 @@ from harness import ROOT, Facts
 from server import Server, fresh_server
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
-from database_server import PostgresServer  # noqa: E402
+from database_server import PostgresServer
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Postgres(PostgresServer):
-    """On a disk, because /tmp may be memory. Given some memory, as every database in earnest is; the rest is default."""
+    """On a disk, because /tmp may be memory. Given some memory, as every one in earnest is; else the defaults."""
 
     parent = "/var/tmp"
+    _made: Path | None = None
+    """A folder of data that others are copied from, which takes a tenth of the time."""
+
+    def _make(self) -> list[str]:
+        if Postgres._made is None:
+            made = Path(tempfile.mkdtemp(prefix="polybus-database-", dir=self.parent))
+            atexit.register(shutil.rmtree, made, ignore_errors=True)
+            if self._as:
+                os.chown(made, self._as["user"], self._as["group"])
+            [initdb, _, _, *options] = super()._make()
+            self._run([initdb, "-D", str(made / "data"), *options])
+            Postgres._made = made / "data"
+        return ["cp", "-a", str(Postgres._made), str(self._folder / "data")]
 
     def _serve(self) -> list[str]:
         settings = {"fsync": "on", "shared_buffers": "256MB", "max_wal_size": "4GB"}

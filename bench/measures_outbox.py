@@ -8,13 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import psycopg
+
 from database import Pair, cpu_of, fresh_database, memory_of
 from harness import Facts, Program
 from measures import Measure, Row
+from outbox_store import AT_LEAST, CONNECTIONS, PROGRAMS, measure
 from polybus import Event
 from polybus.outbox import Outbox
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Runners = dict[str, Callable[[], Facts]]
 
@@ -36,10 +42,36 @@ def outbox_measures(quick: bool) -> dict[str, Measure]:
         return small if quick else full
 
     return {
+        "outbox-store": storing(1, size(50, 20) / 100),
         "outbox-relay": relaying(size(100_000, 5_000), size(1_000_000, 20_000)),
         "outbox-latency": latency(size(10, 3)),
         "outbox-jobs": jobs(size(100, 5)),
     }
+
+
+# ---- store --------------------------------------------------------------------------------------------------------
+
+
+def store(driver: str, connections: int, turns: int, seconds: float) -> Facts:
+    with fresh_database(with_redis=False) as pair:
+        facts = measure(pair.postgres.url, driver, connections, turns, seconds)
+    return {fact: facts[fact] for fact in ("ours_rate", "hand_rate", "ratio", "ours_client", "hand_client")}
+
+
+def storing(turns: int, seconds: float) -> Measure:
+    """Both ways take turns inside one program, so the ratio is that of neighbours."""
+    names = {f"{driver}, {n} connection{'s' if n > 1 else ''}": (driver, n) for driver in PROGRAMS for n in CONNECTIONS}
+    runners: Runners = {name: partial(store, *each, turns, seconds) for name, each in names.items()}
+    rows: list[Row] = []
+    for name in names:
+        rows += [
+            Row(f"{name}, transactions/s", f"{name}.ours_rate", f"{name}.hand_rate"),
+            Row(f"{name}, ratio of slices side by side", f"{name}.ratio", at_least=AT_LEAST),
+            Row(f"{name}, CPU of the program, µs a transaction", f"{name}.ours_client", f"{name}.hand_client"),
+        ]
+    return Measure(
+        "Outbox: a transaction of one row and one event, beside the same with an INSERT by hand", "", runners, rows
+    )
 
 
 # ---- a backlog ----------------------------------------------------------------------------------------------------
@@ -87,7 +119,7 @@ class Memory:
             with contextlib.suppress(OSError):
                 self._seen.append(memory_of(self._pid))
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -138,14 +170,21 @@ def relaying(rows: int, many: int) -> Measure:
         old: partial(relay, "outbox_relay.py", many, snapshot=True, workers=1),
     }
     table = [Row(f"{rows:,} rows, rows/s", f"{one}.rate", f"{peer}.rate", ratio_at_least=1.2) for peer in peers]
-    table += [Row(f"{rows:,} rows, CPU of PostgreSQL, µs a row", f"{one}.postgres", f"{peer}.postgres") for peer in peers]
+    table += [
+        Row(f"{rows:,} rows, CPU of PostgreSQL, µs a row", f"{one}.postgres", f"{peer}.postgres") for peer in peers
+    ]
     table += [Row(f"{rows:,} rows, CPU of the relay, µs a row", f"{one}.relay", f"{peer}.relay") for peer in peers]
     table += [
         Row(f"{rows:,} rows, two workers, rows/s", f"{two}.rate", f"{one}.rate"),
         Row(f"{many:,} rows and an old snapshot, rows/s", f"{old}.rate", f"{one}.rate", ratio_at_least=0.8),
         Row("the same, CPU of PostgreSQL, µs a row", f"{old}.postgres", f"{one}.postgres"),
         Row("the same, memory of the relay's process before the first row, MiB", f"{old}.begin"),
-        Row("the same, memory at the end beside that in the middle, MiB", f"{old}.end", f"{old}.middle", ratio_at_most=1.1),
+        Row(
+            "the same, memory at the end beside that in the middle, MiB",
+            f"{old}.end",
+            f"{old}.middle",
+            ratio_at_most=1.1,
+        ),
     ]
     return Measure("Outbox: a backlog, PostgreSQL → one relay → Redis Streams", "", runners, table)
 
@@ -217,8 +256,10 @@ def latency(seconds: int) -> Measure:
         for name in list(runners)[:2]
         for fact, goal in goals.items()
     ]
-    rows += [Row(f"an idle relay, CPU of {who}, % of a core", f"idle.{fact}") for who, fact in
-             (("its process", "relay"), ("PostgreSQL", "postgres"))]
+    rows += [
+        Row(f"an idle relay, CPU of {who}, % of a core", f"idle.{fact}")
+        for who, fact in (("its process", "relay"), ("PostgreSQL", "postgres"))
+    ]
     return Measure("Outbox: 100 transactions a second, commit → handler entry in another process", "", runners, rows)
 
 
@@ -302,7 +343,11 @@ def jobs(scale: int) -> Measure:
         for peer in peers
     ]
     rows += [
-        Row(f"{language}, {kinds[kind].split(',')[0]}, CPU of all, µs a job", f"{language}, {kind}.cpu", f"{peer}, {kind}.cpu")
+        Row(
+            f"{language}, {kinds[kind].split(',')[0]}, CPU of all, µs a job",
+            f"{language}, {kind}.cpu",
+            f"{peer}, {kind}.cpu",
+        )
         for kind in kinds
         for language in ours
         for peer in peers

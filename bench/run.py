@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import re
+import signal
 import sqlite3
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable
 
 from harness import BENCH, ROOT, Failed
@@ -151,6 +153,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small runs that show that all works; README.md stays")
     parser.add_argument("--dry", action="store_true", help="only print; README.md stays")
     options = parser.parse_args()
+    # As Ctrl+C does: whatever was started is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rounds = options.rounds or (1 if options.quick else 5)
 
     groups = {"redis": redis_measures(options.quick), "outbox": outbox_measures(options.quick)}

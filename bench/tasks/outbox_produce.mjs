@@ -1,6 +1,19 @@
 // The application: transactions with a row of its own and events; 100 events each, or one each and so many a second.
 import pg from 'pg'
-import { ask, BATCH, batches, now, pace, payload, polybus, polybusOutbox, range, say, TYPE, waitForGo } from './common.mjs'
+import {
+  ask,
+  BATCH,
+  batches,
+  now,
+  pace,
+  payload,
+  polybus,
+  polybusOutbox,
+  range,
+  say,
+  TYPE,
+  waitForGo,
+} from './common.mjs'
 
 const { Event } = await polybus()
 const { Outbox } = await polybusOutbox()

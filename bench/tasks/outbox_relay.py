@@ -1,4 +1,4 @@
-"""A relay; with `rows` it ends when the last row is delivered, and says when that was, otherwise it runs until it is killed."""
+"""A relay: with `rows` until the last one is delivered, and it says when that was; otherwise until it is killed."""
 
 import asyncio
 

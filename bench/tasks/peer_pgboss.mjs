@@ -20,7 +20,11 @@ const parts = {
     for (const [start, end] of batches(ask.events, BATCH)) {
       await client.query('BEGIN')
       await client.query('INSERT INTO orders (what) VALUES ($1)', ['order'])
-      await boss.insert(QUEUE, range(start, end, (i) => ({ data: payload(i) })), { db })
+      await boss.insert(
+        QUEUE,
+        range(start, end, (i) => ({ data: payload(i) })),
+        { db },
+      )
       await client.query('COMMIT')
     }
     say({ ended: now() })
@@ -37,7 +41,11 @@ const parts = {
     while (handled < ask.events) {
       const jobs = await boss.fetch(QUEUE, { batchSize: ask.batch })
       for (const job of jobs) await handler(job.data)
-      if (jobs.length) await boss.complete(QUEUE, jobs.map((job) => job.id))
+      if (jobs.length)
+        await boss.complete(
+          QUEUE,
+          jobs.map((job) => job.id),
+        )
     }
     say({ ended: now() })
   },
