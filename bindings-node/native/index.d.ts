@@ -11,8 +11,11 @@ export declare const __napiBindingTarget: 'native' | 'wasm32-wasi' | 'wasm32-was
 
 /** The bridge of one environment. One for each; all its buses share it. */
 export declare class Bridge {
-  /** `wake` is called without arguments, on this thread, when there is something to take. */
-  constructor(wake: () => void)
+  /**
+   * `wake` is called without arguments, on this thread, when there is something to take. `watches`: this runtime's
+   * event loop is libuv, and lets addons use it.
+   */
+  constructor(wake: () => void, watches: boolean)
   /**
    * Takes what is ready: finished operations, cancelled jobs, new jobs. Counts and lengths go into `numbers`, texts
    * are in the string, in the same order.

@@ -6,6 +6,7 @@
 //! that JavaScript owns, and texts in one string, because each value that crosses alone costs a microsecond.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
@@ -23,6 +24,7 @@ use polybus_core::{Bus, Error, ErrorKind, Pattern, Subscription, logs, process};
 
 use crate::error::{text, throw};
 use crate::event::{lengths, units};
+use crate::watch::Drain;
 
 /// What an operation ends with: a JSON text, or an error.
 pub type Output = Result<String, Error>;
@@ -134,19 +136,26 @@ impl Shared {
 
 /// The bridge of one environment. One for each; all its buses share it.
 #[napi]
-pub struct Bridge(Arc<Shared>);
+pub struct Bridge(Arc<Shared>, Option<Rc<Drain>>);
 
 impl Bridge {
     pub fn shared(&self) -> Arc<Shared> {
         self.0.clone()
     }
+
+    /// For sockets that the event loop watches, where it can.
+    pub fn watching(&self) -> Option<Rc<Drain>> {
+        self.1.clone()
+    }
 }
 
 #[napi]
 impl Bridge {
-    /// `wake` is called without arguments, on this thread, when there is something to take.
+    /// `wake` is called without arguments, on this thread, when there is something to take. `watches`: this runtime's
+    /// event loop is libuv, and lets addons use it.
     #[napi(constructor)]
-    pub fn new(env: Env, wake: Function<(), ()>) -> napi::Result<Self> {
+    pub fn new(env: Env, wake: Function<(), ()>, watches: bool) -> napi::Result<Self> {
+        let drain = watches.then(|| Drain::new(env, &wake)).transpose()?;
         let wake = wake.build_threadsafe_function::<()>().weak::<true>().callee_handled::<false>().build()?;
         let host = Host::new(move || {
             // A closing environment refuses the call, and needs none.
@@ -163,7 +172,7 @@ impl Bridge {
         let watching = Arc::downgrade(&shared);
         logs::watch(LevelFilter::Warn, move || watching.upgrade().is_some_and(|shared| shared.fetch_logs()));
         env.add_env_cleanup_hook(shared.clone(), |shared| shared.end())?;
-        Ok(Self(shared))
+        Ok(Self(shared, drain))
     }
 
     /// Takes what is ready: finished operations, cancelled jobs, new jobs. Counts and lengths go into `numbers`, texts

@@ -26,6 +26,7 @@ use crate::event;
 use crate::history;
 use crate::options;
 use crate::receipts;
+use crate::watch::Watcher;
 
 /// A bus of the core.
 #[napi]
@@ -35,6 +36,7 @@ pub struct NativeBus {
     bridge: Arc<Shared>,
     /// Held from the call of a publish until the transport has it.
     turn: Arc<tokio::sync::Mutex<()>>,
+    watcher: Watcher,
 }
 
 /// From so many events on, a publish is read on another thread: this one has handlers to run.
@@ -72,7 +74,13 @@ impl NativeBus {
         let options = if from_config { Ok(options) } else { options::snake(&options) };
         let options = options.and_then(|json| BusOptions::from_json(&json, Naming::TypeScript));
         let bus = options.and_then(|options| Bus::new(&url, options)).map_err(throw)?;
-        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), bus, bridge: bridge.shared(), turn: Arc::default() })
+        Ok(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            bus,
+            bridge: bridge.shared(),
+            turn: Arc::default(),
+            watcher: Watcher::new(bridge.watching()),
+        })
     }
 
     /// The URL without its password.
@@ -113,6 +121,7 @@ impl NativeBus {
     #[napi]
     pub fn close(&self, key: u32, timeout_ms: f64) -> napi::Result<Option<String>> {
         let (bridge, id) = (self.bridge.clone(), self.id);
+        self.watcher.end();
         self.start_with(key, |bus| async move {
             bus.close(Duration::from_secs_f64((timeout_ms / 1000.0).clamp(0.0, 1e9))).await;
             bridge.closed(id);
@@ -178,7 +187,7 @@ impl NativeBus {
         for draft in event::drafts(texts, lengths, self.bus.options().max_payload_bytes) {
             outcomes.push(draft.map(|(outgoing, _)| good.push(outgoing)));
         }
-        self.start_with(key, |bus| async move {
+        let published = self.start_with(key, |bus| async move {
             drop(turn.await);
             let mut stored = bus.publish_each(good).await.into_iter();
             let outcomes = outcomes.into_iter().map(|valid| match valid {
@@ -186,7 +195,9 @@ impl NativeBus {
                 Err(error) => Err(error),
             });
             Ok(receipts::of_each(&outcomes.collect::<Vec<_>>()))
-        })
+        });
+        self.watcher.after(count == 1, &self.bus, &self.bridge);
+        published
     }
 
     /// One request, given as an event is published. The output is the reply, as in `decodeEvent`.

@@ -1,7 +1,7 @@
 //! What TypeScript calls in the core; `bindings-node/native/index.d.ts` is generated from here.
 //!
 //! `bridge` is where one JavaScript environment meets the core, `bus` holds the bound methods, `event` the wire forms
-//! that cross, `options` and `error` the conversions. No policy, no retry and no pattern is decided here.
+//! that cross, `options` and `error` the conversions, `watch` lets the event loop read answers itself. No policy, no retry and no pattern is decided here.
 
 mod bridge;
 mod bus;
@@ -12,6 +12,7 @@ mod options;
 mod outbox;
 mod receipts;
 mod relay;
+mod watch;
 
 use napi_derive::napi;
 

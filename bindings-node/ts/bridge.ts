@@ -143,7 +143,7 @@ export class Bridge {
   #holder: NodeJS.Timeout | undefined
 
   constructor() {
-    this.#native = new native.Bridge(() => this.#drain())
+    this.#native = new native.Bridge(() => this.#drain(), isNode())
   }
 
   /** The bound object, for the constructor of a bus. */
@@ -452,6 +452,12 @@ function levelOf(logger: Logger): 'debug' | 'info' | 'warn' {
   const wants = (logger as { isLevelEnabled?: (level: string) => boolean }).isLevelEnabled?.bind(logger)
   if (wants === undefined) return logger.info === undefined ? 'warn' : 'info'
   return wants('debug') ? 'debug' : wants('info') ? 'info' : 'warn'
+}
+
+/** Whether the event loop is Node's own: others that call themselves Node end the process when an addon uses libuv. */
+function isNode(): boolean {
+  const { versions } = process
+  return 'uv' in versions && !('bun' in versions || 'deno' in versions || 'electron' in versions)
 }
 
 /** Whether `value` can be awaited. A getter of the user may throw. */

@@ -132,6 +132,13 @@ impl<T: Send + 'static> Host<T> {
         Taken { jobs, cancelled, finished }
     }
 
+    /// Runs `what` without waking the loop for what becomes ready: for the loop's own thread, which calls [`Host::take`]
+    /// next.
+    pub fn quietly<R>(&self, what: impl FnOnce() -> R) -> R {
+        self.0.ready.armed.store(true, Ordering::SeqCst);
+        what()
+    }
+
     fn resume(&self, key: u64) -> Option<T> {
         let mut operation = lock(&self.0.operations).remove(&key)?;
         let output = self.poll(key, &mut operation);

@@ -1,5 +1,6 @@
 //! Many publishes in one step that stay many: what a host collects in one turn of its loop crosses to the core once.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use futures_util::future::join_all;
@@ -8,6 +9,7 @@ use super::{Bus, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Origin;
 use crate::process;
+use crate::transport::Watched;
 use crate::transport::{Outgoing, Receipt};
 
 impl Bus {
@@ -36,6 +38,11 @@ impl Bus {
             *outcome = stored.next();
         }
         outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(closed()))).collect()
+    }
+
+    /// For an event loop that awaits a publish: where its answer arrives, if that is a socket that can be watched.
+    pub fn watched(&self) -> Option<Arc<dyn Watched>> {
+        self.session().transport.get()?.watched()
     }
 
     async fn publish_one(&self, outgoing: Outgoing) -> Result<Receipt> {

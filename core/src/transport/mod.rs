@@ -11,6 +11,7 @@ pub mod sqlite;
 mod time;
 
 use std::future::Future;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -184,6 +185,21 @@ pub enum Begun {
     Busy(Duration),
 }
 
+/// A socket at which answers to publishes arrive. An event loop that reads it while it awaits one spares a wake: the answer
+/// wakes the loop itself, and not a thread of the core that wakes the loop.
+pub trait Watched: Send + Sync {
+    /// To be watched until [`Watched::read`] says that it has ended; its number means another socket after that, so watch
+    /// a duplicate.
+    fn socket(&self) -> BorrowedFd<'_>;
+
+    /// The event loop reads from now on, or does not. To be said again with every publish: after a second without an
+    /// answer the core reads itself.
+    fn watch(&self, yes: bool);
+
+    /// Hands out what has arrived, unless another thread is at it. Whether the connection lives on. Does not block.
+    fn read(&self) -> bool;
+}
+
 /// A backend. All methods may be called from any thread; none blocks the caller; all fail with `BusClosed` after
 /// [`Transport::close`].
 pub trait Transport: Send + Sync + 'static {
@@ -204,6 +220,11 @@ pub trait Transport: Send + Sync + 'static {
             receipts?.pop().ok_or_else(|| Error::connection_failed("the store gave no receipt"))
         };
         Box::pin(async move { futures_util::future::join_all(alone).await.into_iter().map(receipt).collect() })
+    }
+
+    /// Where the answers to publishes of this process arrive, if that is one socket.
+    fn watched(&self) -> Option<Arc<dyn Watched>> {
+        None
     }
 
     /// Joins the group, making it at `spec.start` when it is new. Once this resolves every later publish is seen,

@@ -1,4 +1,7 @@
 // One process of the lifecycle tests: does what its first argument says, and tells on stdout.
+import { setImmediate as turn } from 'node:timers/promises'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import { Bus } from 'polybus'
 
 const [what, url] = process.argv.slice(2)
@@ -72,6 +75,40 @@ const acts = {
     })
     await bus.start()
     tell('ready')
+  },
+  // Awaits a publish, and does not close.
+  async alone() {
+    await bus.publish('a', 1)
+    await bus.publish('a', 2)
+    tell('published')
+  },
+  // Throws when a publish is done: nobody catches it.
+  async throws() {
+    process.once('unhandledRejection', (error) => tell(String(error)))
+    await bus.publish('a', 1)
+    bus.publish('a', 2).then(() => {
+      throw new Error('mine')
+    })
+  },
+  // Forgets buses that were in use, until they are collected.
+  async forget() {
+    setFlagsFromString('--expose-gc')
+    const gc = runInNewContext('gc')
+    let collected = 0
+    const registry = new FinalizationRegistry(() => (collected += 1))
+    const use = async () => {
+      const forgotten = new Bus(url, { service: 'life' })
+      registry.register(forgotten)
+      await forgotten.publish('a', 1)
+      await forgotten.publish('a', 2)
+      await forgotten.close()
+    }
+    for (let i = 0; i < 5; i++) await use()
+    for (const until = Date.now() + 10_000; collected < 5 && Date.now() < until; ) {
+      gc()
+      await turn()
+    }
+    tell(collected === 5 ? 'forgotten' : { collected })
   },
   // Tells what it gets.
   async watch() {

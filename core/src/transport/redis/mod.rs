@@ -67,6 +67,7 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
+use crate::transport::Watched;
 use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source,
@@ -294,6 +295,11 @@ impl Transport for Redis {
             let stored = shared.publish_each(batch, timeout).await;
             stored.into_iter().map(|outcome| outcome.map_err(|cause| cause.during("publish"))).collect()
         })
+    }
+
+    fn watched(&self) -> Option<Arc<dyn Watched>> {
+        let [only] = &self.0.partitions[..] else { return None };
+        only.publishing.own().map(|(wire, _)| wire.watched())
     }
 
     fn subscribe(&self, spec: GroupSpec) -> Task<Result<Arc<dyn Source>>> {

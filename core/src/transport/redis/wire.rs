@@ -2,27 +2,38 @@
 //!
 //! The library's connection hands every command to a task, and every answer through another: for a lone publish these
 //! wakes cost more than the server, and its parser more than the rest of a delivery. Here whoever has a command writes it
-//! to the socket itself; a task reads answers, and writes what the socket did not take at once. The library still says
-//! hello (login, database, protocol), and still does TLS.
+//! to the socket itself; a task reads answers, and writes what the socket did not take at once. An event loop that waits
+//! for an answer may read it instead ([`Watched`]): then the task steps aside, and only looks now and then whether the loop
+//! still does. The library still says hello (login, database, protocol), and still does TLS.
 
 use std::collections::VecDeque;
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, ConnectionAddr, RedisError, RedisResult, Value};
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
 
 use super::partition::lock;
 use super::resp::Reader;
+use crate::transport::Watched;
 
 /// Bytes of one read, and first size of the buffer for answers.
 const BUFFER: usize = 32 << 10;
 /// So much is read before answers are handed out.
 const MOST: usize = 256 << 10;
+
+/// How often the task looks while an event loop reads: as long does a loop that is busy hold up an answer that others wait
+/// for.
+const LOOK: Duration = Duration::from_millis(20);
+/// So often it looks without anything having come, and then it reads again itself.
+const QUIET: u32 = 50;
 
 /// See the module's page. Cheap to clone; it closes when the last clone is dropped.
 #[derive(Clone)]
@@ -38,9 +49,13 @@ impl Drop for Handle {
 }
 
 struct Inner {
+    /// Does not block.
     stream: TcpStream,
     out: Mutex<Out>,
-    /// There is something to write, or the end.
+    incoming: Mutex<Incoming>,
+    /// An event loop reads.
+    aside: AtomicBool,
+    /// There is something to write, another one reads now, or the end.
     wanted: Notify,
 }
 
@@ -50,6 +65,17 @@ struct Out {
     rest: BytesMut,
     waiting: VecDeque<Waiting>,
     closed: bool,
+}
+
+/// What was read. Whoever holds its lock reads, so answers are handed out in their order.
+struct Incoming {
+    chunk: Box<[u8]>,
+    buffer: BytesMut,
+    reader: Reader,
+    /// How often something came.
+    reads: u64,
+    /// Who is owed the next answer.
+    current: Option<Waiting>,
 }
 
 /// A caller, and how many answers it is owed.
@@ -69,24 +95,34 @@ impl Wire {
     ) -> RedisResult<Option<Self>> {
         let info = client.get_connection_info();
         let ConnectionAddr::Tcp(host, port) = info.addr() else { return Ok(None) };
-        let stream = TcpStream::connect((host.as_str(), *port)).await?;
+        let stream = tokio::net::TcpStream::connect((host.as_str(), *port)).await?;
         stream.set_nodelay(true)?;
         if let Some(keepalive) = info.tcp_settings().keepalive() {
             socket2::SockRef::from(&stream).set_tcp_keepalive(keepalive)?;
         }
         let stream = stream.into_std()?;
         // A second handle of the same socket: the library closes it after its greeting, and the connection stays.
-        let greeting = TcpStream::from_std(stream.try_clone()?)?;
+        let greeting = tokio::net::TcpStream::from_std(stream.try_clone()?)?;
         drop(MultiplexedConnection::new_with_config(info.redis_settings(), greeting, config.clone()).await?);
-        let inner =
-            Arc::new(Inner { stream: TcpStream::from_std(stream)?, out: Mutex::default(), wanted: Notify::new() });
+        let inner = Arc::new(Inner {
+            stream,
+            out: Mutex::default(),
+            incoming: Mutex::new(Incoming {
+                chunk: vec![0; BUFFER].into(),
+                buffer: BytesMut::with_capacity(BUFFER),
+                reader: Reader::default(),
+                reads: 0,
+                current: None,
+            }),
+            aside: AtomicBool::new(false),
+            wanted: Notify::new(),
+        });
         let wire = Self(Arc::new(Handle(inner.clone())));
         tokio::spawn(async move {
-            let mut current = None;
-            let end = inner.drive(&mut current).await;
+            let end = inner.drive().await;
             // First: whoever hears of the end must not find this connection again.
             lost();
-            inner.end(current, &end);
+            inner.end(&end);
         });
         Ok(Some(wire))
     }
@@ -103,7 +139,7 @@ impl Wire {
         out.waiting.push_back(Waiting { count, answers: Vec::with_capacity(count), done });
         let written = match out.rest.is_empty() {
             // An error here is seen by the reader too, which tells everybody.
-            true => inner.stream.try_write(commands).unwrap_or(0),
+            true => (&inner.stream).write(commands).unwrap_or(0),
             false => 0,
         };
         if written < commands.len() {
@@ -118,6 +154,11 @@ impl Wire {
         self.0.0.wanted.notify_one();
     }
 
+    /// For an event loop that wants to hand out answers itself. It does not keep the connection open.
+    pub fn watched(&self) -> Arc<dyn Watched> {
+        self.0.0.clone()
+    }
+
     /// Sends commands and waits for their answers.
     pub async fn ask(&self, commands: &[u8], count: usize) -> RedisResult<Vec<Value>> {
         let (reply, answers) = oneshot::channel();
@@ -127,40 +168,66 @@ impl Wire {
 }
 
 impl Inner {
-    /// Reads answers and writes what is left, until the connection ends; why it did. `current` is who is owed the next
-    /// answer.
-    async fn drive(&self, current: &mut Option<Waiting>) -> io::Error {
-        let (mut buffer, mut reader) = (BytesMut::with_capacity(BUFFER), Reader::default());
-        let mut chunk = vec![0; BUFFER];
+    /// Reads answers and writes what is left, until the connection ends; why it did.
+    async fn drive(&self) -> io::Error {
         loop {
-            let wanted = {
-                let out = lock(&self.out);
-                if out.closed {
-                    return io::ErrorKind::BrokenPipe.into();
-                }
-                if out.rest.is_empty() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE }
+            let done = match self.aside.load(Ordering::Acquire) {
+                true => self.look().await,
+                false => self.serve().await,
             };
-            let ready = tokio::select! {
-                ready = self.stream.ready(wanted) => ready,
-                () = self.wanted.notified() => continue,
-            };
-            let moved = ready.and_then(|ready| {
-                if ready.is_writable() {
-                    self.write_rest()?;
-                }
-                if ready.is_readable() || ready.is_read_closed() { self.read(&mut chunk, &mut buffer) } else { Ok(()) }
-            });
-            let answered = self.answer(&mut buffer, &mut reader, current);
-            if let Err(end) = answered.and(moved) {
+            if let Err(end) = done {
                 return end;
             }
         }
     }
 
-    fn write_rest(&self) -> io::Result<()> {
+    /// The whole work, until an event loop reads.
+    async fn serve(&self) -> io::Result<()> {
+        let socket = tokio::net::TcpStream::from_std(self.stream.try_clone()?)?;
+        while !self.aside.load(Ordering::Acquire) {
+            let interest = if self.has_rest()? { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
+            let ready = tokio::select! {
+                ready = socket.ready(interest) => ready?,
+                () = self.wanted.notified() => continue,
+            };
+            // By this handle, which notes when there is no more.
+            if ready.is_writable() {
+                self.write_rest(|bytes| socket.try_write(bytes))?;
+            }
+            if ready.is_readable() || ready.is_read_closed() {
+                self.take(lock(&self.incoming), |chunk| socket.try_read(chunk))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// While an event loop reads.
+    async fn look(&self) -> io::Result<()> {
+        let (mut seen, mut quiet) = (lock(&self.incoming).reads, 0);
+        while quiet < QUIET && self.aside.load(Ordering::Acquire) && !self.has_rest()? {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = self.wanted.notified() => continue,
+            }
+            self.take(lock(&self.incoming), |chunk| (&self.stream).read(chunk))?;
+            let reads = lock(&self.incoming).reads;
+            quiet = if reads == seen { quiet + 1 } else { 0 };
+            seen = reads;
+        }
+        self.aside.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether there is more to write. An error at the end.
+    fn has_rest(&self) -> io::Result<bool> {
+        let out = lock(&self.out);
+        if out.closed { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(!out.rest.is_empty()) }
+    }
+
+    fn write_rest(&self, write: impl Fn(&[u8]) -> io::Result<usize>) -> io::Result<()> {
         let mut out = lock(&self.out);
         while !out.rest.is_empty() {
-            match self.stream.try_write(&out.rest) {
+            match write(&out.rest) {
                 Ok(written) => out.rest.advance(written),
                 Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => break,
                 Err(cause) => return Err(cause),
@@ -169,25 +236,31 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads what there is.
-    fn read(&self, chunk: &mut [u8], buffer: &mut BytesMut) -> io::Result<()> {
-        loop {
-            match self.stream.try_read(chunk) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+    /// Reads what there is, up to a limit, and hands out the answers that are complete.
+    fn take(
+        &self,
+        mut incoming: MutexGuard<'_, Incoming>,
+        read: impl Fn(&mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let Incoming { chunk, buffer, reads, .. } = &mut *incoming;
+        let end = loop {
+            match read(chunk) {
+                Ok(0) => break Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(length) => {
+                    *reads += 1;
                     buffer.extend_from_slice(&chunk[..length]);
                     if buffer.len() >= MOST {
-                        return Ok(());
+                        break Ok(());
                     }
                 }
-                Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(cause) => return Err(cause),
+                Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => break Ok(()),
+                Err(cause) => break Err(cause),
             }
-        }
+        };
+        self.answer(&mut incoming).and(end)
     }
 
-    /// Hands out the answers that are complete.
-    fn answer(&self, buffer: &mut BytesMut, reader: &mut Reader, current: &mut Option<Waiting>) -> io::Result<()> {
+    fn answer(&self, Incoming { buffer, reader, current, .. }: &mut Incoming) -> io::Result<()> {
         while let Some(value) = reader.next(buffer)? {
             if matches!(value, Value::Push { .. }) {
                 continue;
@@ -209,7 +282,10 @@ impl Inner {
         Ok(())
     }
 
-    fn end(&self, current: Option<Waiting>, why: &io::Error) {
+    fn end(&self, why: &io::Error) {
+        // Others may have handles of the socket: they see its end, and so does the server.
+        drop(self.stream.shutdown(Shutdown::Both));
+        let current = lock(&self.incoming).current.take();
         let waiting = {
             let mut out = lock(&self.out);
             out.closed = true;
@@ -218,5 +294,28 @@ impl Inner {
         for one in current.into_iter().chain(waiting) {
             (one.done)(Err(RedisError::from(io::Error::new(why.kind(), why.to_string()))));
         }
+    }
+}
+
+impl Watched for Inner {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    fn watch(&self, yes: bool) {
+        if self.aside.swap(yes, Ordering::AcqRel) != yes {
+            self.wanted.notify_one();
+        }
+    }
+
+    fn read(&self) -> bool {
+        // Who has the lock is reading.
+        if let Ok(incoming) = self.incoming.try_lock()
+            && self.take(incoming, |chunk| (&self.stream).read(chunk)).is_err()
+        {
+            lock(&self.out).closed = true;
+            self.wanted.notify_one();
+        }
+        !lock(&self.out).closed
     }
 }
