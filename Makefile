@@ -158,7 +158,7 @@ fix: setup ## Format everything, and apply the fixes that lints offer
 
 # ---- run ----------------------------------------------------------------------------------------------------------
 
-.PHONY: demo demo-redis demo-outbox bench bench-redis docs dist clean
+.PHONY: demo demo-redis demo-outbox bench bench-redis bench-outbox docs dist clean
 demo: setup build ## The main job: shop, warehouse and mailer on one bus; BUS=<url> chooses another
 	$(PY) examples/demo/run.py $(if $(BUS),--bus '$(BUS)')
 
@@ -173,6 +173,9 @@ bench: setup build bench/.venv/.installed ## Figures beside peers, in their own 
 
 bench-redis: setup build bench/.venv/.installed ## The same over Redis, beside its peers; wants redis-server
 	bench/.venv/bin/python bench/run.py --only redis $(ARGS)
+
+bench-outbox: setup build bench/.venv/.installed ## The outbox and its relay, beside relays by hand and job queues; wants PostgreSQL and redis-server
+	bench/.venv/bin/python bench/run.py --only outbox --rounds 2 $(ARGS)
 
 bench/.venv/.installed: $(wildcard bench/requirements*.txt bench/package-lock.json) | $(VENV)
 	[ -x bench/.venv/bin/python ] || $(PYTHON) -m venv bench/.venv

@@ -8,13 +8,16 @@ import json
 import os
 import platform
 import re
+import signal
 import sqlite3
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable
 
 from harness import BENCH, ROOT, Failed
 from measures import Measure, Row, measures
+from measures_outbox import outbox_measures
 from measures_redis import redis_measures
 
 README = BENCH / "README.md"
@@ -136,24 +139,27 @@ def rewrite(section: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    known = list(measures(quick=False) | redis_measures(quick=False))
+    known = list(measures(quick=False) | redis_measures(quick=False) | outbox_measures(quick=False))
     local = list(measures(quick=False))
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[*known, "redis"],
+        choices=[*known, "redis", "outbox"],
         default=local,
         metavar="MEASURE",
-        help=f"{', '.join(known)}; redis: all of those (without this option: all others)",
+        help=f"{', '.join(known)}; redis, outbox: all of those (without this option: all others)",
     )
     parser.add_argument("--rounds", type=int, help="rounds of each program, interleaved (5; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="small runs that show that all works; README.md stays")
     parser.add_argument("--dry", action="store_true", help="only print; README.md stays")
     options = parser.parse_args()
+    # As Ctrl+C does: whatever was started is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rounds = options.rounds or (1 if options.quick else 5)
 
-    chosen = measures(options.quick) | redis_measures(options.quick)
-    names = [name for only in options.only for name in (redis_measures(options.quick) if only == "redis" else [only])]
+    groups = {"redis": redis_measures(options.quick), "outbox": outbox_measures(options.quick)}
+    chosen = measures(options.quick) | groups["redis"] | groups["outbox"]
+    names = [name for only in options.only for name in groups.get(only, [only])]
 
     print(machine(), flush=True)
     for name in names:

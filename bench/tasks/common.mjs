@@ -3,6 +3,7 @@ import { readSync } from 'node:fs'
 
 // By path: a package of this folder has its own package.json, so 'polybus' would not resolve to the repository.
 export const polybus = () => import('../../bindings-node/dist/index.js')
+export const polybusOutbox = () => import('../../bindings-node/dist/outbox/index.js')
 
 /** What the runner asks for: one JSON object, the first argument. */
 export const ask = JSON.parse(process.argv[2] ?? '{}')

@@ -33,9 +33,11 @@ class DatabaseServer:
     account: str
     """Whose process it is when the tests run as root, which these servers refuse to be."""
     ready: str
+    parent: str | None = None
+    """Where its folder is made; None: where the system keeps temporary files, which may be in memory."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="polybus-database-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="polybus-database-", dir=self.parent))
         self._as: dict[str, Any] = {}
         if os.getuid() == 0:
             entry = pwd.getpwnam(self.account)

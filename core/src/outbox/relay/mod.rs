@@ -55,7 +55,7 @@ use crate::retry::RetryPolicy;
 pub struct RelayOptions {
     /// Table of the outbox, `table` or `schema.table`. Default `polybus_outbox`.
     pub table: String,
-    /// Most rows in one claim, and so in memory for each worker. Default 500.
+    /// Most rows in one claim; each worker has at most two in memory. Default 500.
     pub batch: usize,
     /// Claims under way at the same time in this process. With one, rows without a key go in order, too. Default 1.
     pub workers: usize,

@@ -133,6 +133,23 @@ impl Writer {
         sql.finish()
     }
 
+    /// Claims rows that come after `after`, with the answer of [`Writer::claim`] and no row about a window: for the time
+    /// while the rows up to there are under way, when no key is among them. It stops before the first row with a key,
+    /// because who stands before that one is for [`Writer::claim`] to find out. PostgreSQL only.
+    pub fn claim_ahead(&self, after: i64, wanted: Wanted<'_>) -> Statement {
+        let mut sql = self.sql();
+        let table = self.table();
+        sql.push("WITH next AS MATERIALIZED (SELECT ctid, seq, partition_key FROM ").push(&table);
+        sql.push(" WHERE status = 'pending' AND visible_at <= ").now().push(" AND seq > ").bind(after);
+        sql.push(" ORDER BY seq LIMIT ").bind(wanted.batch).push(" FOR UPDATE SKIP LOCKED)");
+        sql.push(" UPDATE ").push(&table).push(" SET status = 'claimed', lease_token = ").bind(wanted.token);
+        sql.push(", lease_until = ").now_plus(wanted.lease_ms);
+        // By place, which spares a way through the index for each row.
+        sql.push(" WHERE ctid = ANY(ARRAY(SELECT ctid FROM next WHERE seq < coalesce((SELECT min(seq) FROM next WHERE partition_key IS NOT NULL), 9223372036854775807)))");
+        sql.push(" RETURNING seq, CAST(attempts AS BIGINT), partition_key, event");
+        sql.finish()
+    }
+
     /// How many unfinished rows there are, counted up to `window`.
     pub fn open(&self, floor: i64, window: i64) -> Statement {
         let mut sql = self.sql();

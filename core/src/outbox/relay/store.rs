@@ -173,6 +173,30 @@ impl Store {
         Ok(Claim { token, again: rows.is_empty() && (hidden || picked > 0), rows })
     }
 
+    /// Claims rows without a key that come after the row `after`, while those up to there are under way; see
+    /// [`Writer::claim_ahead`]. `None` where the database gains nothing by it.
+    pub async fn claim_ahead(&self, after: i64, batch: usize, lease: Duration) -> Option<Result<Claim>> {
+        if self.writer.dialect != Dialect::Postgres {
+            return None;
+        }
+        let token = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        let wanted = Wanted { floor: 0, window: 0, batch: batch as i64, lease_ms: millis(lease), token: &token };
+        let taken = self.run(self.writer.claim_ahead(after, wanted)).await.and_then(|answer| {
+            let mut rows = Vec::with_capacity(answer.rows.len());
+            for row in answer.rows {
+                let Ok([Param::Integer(seq), Param::Integer(attempts), Param::Null, Param::Text(event)]) =
+                    <[Param; 4]>::try_from(row)
+                else {
+                    return Err(strange());
+                };
+                rows.push(Row { seq, attempts: u32::try_from(attempts).unwrap_or(0), key: None, event: event.into() });
+            }
+            rows.sort_unstable_by_key(|row| row.seq);
+            Ok(rows)
+        });
+        Some(taken.map(|rows| Claim { token, rows, again: false }))
+    }
+
     /// Moves the lower end of what claims look at. Called now and then.
     pub async fn advance(&self) -> Result<()> {
         if self.writer.dialect != Dialect::Postgres {

@@ -1,6 +1,7 @@
 //! The relay's loop: claim, publish, end the claim.
 //!
-//! Ending one claim and making the next go to the database together, so it never waits for us between the two.
+//! Ending one claim and making the next go to the database together, so it never waits for us between the two. In a
+//! backlog of rows without keys it works even while we publish: it ends the claim before, and makes the one after.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,8 @@ use crate::error::{ErrorKind, Result};
 const SHORT: Duration = Duration::from_millis(2);
 /// How often the floor is moved.
 const ADVANCE: Duration = Duration::from_millis(100);
+/// The shortest lease that leaves time to claim rows before those in front of them are published.
+const ROOMY: Duration = Duration::from_secs(1);
 /// Bounds of the pause while the database or the bus is away.
 const AWAY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
@@ -35,7 +38,7 @@ impl Relay {
         if claim.rows.is_empty() {
             return Ok(RelayBatch::default());
         }
-        let published = self.publish(store, claim).await;
+        let published = self.publish(store, claim, Instant::now()).await;
         let batch = self.settle(store, published).await;
         live.counters.batch(&batch);
         if let Err(error) = store.advance().await {
@@ -92,17 +95,26 @@ impl Relay {
         let _counted = Counted::new(&live.counters.workers);
         let (mut away, mut idle) = (AWAY.0, SHORT);
         let mut moved = Instant::now();
-        let mut next = None;
+        // What is claimed, and since when; what was published while that was done.
+        let (mut next, mut before) = (None::<(Result<Claim>, Instant)>, None);
         loop {
             if stop.has_changed().unwrap_or(true) {
-                if let Some(Ok(claim)) = next {
+                if let Some(published) = before {
+                    live.counters.batch(&self.settle(store, published).await);
+                }
+                if let Some((Ok(claim), _)) = next {
                     self.give_back(store, claim).await;
                 }
                 return;
             }
-            let claimed = match next.take() {
+            let (claimed, since) = match next.take() {
+                // The bus took its time with those before: others may be faster.
+                Some((Ok(claim), since)) if since.elapsed() > self.0.options.lease / 3 => {
+                    self.give_back(store, claim).await;
+                    continue;
+                }
                 Some(claimed) => claimed,
-                None => self.claim(live, store).await,
+                None => (self.claim(live, store).await, Instant::now()),
             };
             let news = live.counters.looked(claimed.as_ref().err());
             let claim = match claimed {
@@ -127,11 +139,39 @@ impl Relay {
                 rest(pause, &stop, live.wake.notified()).await;
             } else {
                 idle = SHORT;
-                let published = self.publish(store, claim).await;
+                let after = self.looks_ahead(&claim).filter(|_| moved.elapsed() < ADVANCE);
+                // Polled in this order, so the database sees them in this order; the last takes the thread for a while.
+                let ((), ahead, published) = tokio::join!(
+                    async {
+                        if let Some(published) = before.take() {
+                            live.counters.batch(&self.settle(store, published).await);
+                        }
+                    },
+                    async {
+                        let claimed = self.claim_ahead(live, store, after?).await?;
+                        Some((claimed, Instant::now()))
+                    },
+                    async {
+                        if after.is_some() {
+                            tokio::task::yield_now().await;
+                        }
+                        self.publish(store, claim, since).await
+                    },
+                );
                 let outage = published.outage.clone();
+                if outage.is_none()
+                    && let Some((Ok(claim), _)) = &ahead
+                    && !claim.rows.is_empty()
+                {
+                    (before, next, away) = (Some(published), ahead, AWAY.0);
+                    continue;
+                }
                 let settled = self.settle(store, published);
                 if let Some(error) = outage {
                     live.counters.batch(&settled.await);
+                    if let Some((Ok(claim), _)) = ahead {
+                        self.give_back(store, claim).await;
+                    }
                     if away == AWAY.0 {
                         log::warn!("the bus takes no events, and the relay waits: {error}");
                     }
@@ -141,7 +181,7 @@ impl Relay {
                 // Polled in this order, so the database sees them in this order.
                 let (batch, claimed) = tokio::join!(settled, self.claim(live, store));
                 live.counters.batch(&batch);
-                next = Some(claimed);
+                next = Some((claimed, Instant::now()));
             }
             away = AWAY.0;
             if moved.elapsed() >= ADVANCE {
@@ -162,6 +202,22 @@ impl Relay {
         Ok(claim)
     }
 
+    /// After which row the next claim may begin while these are published: when they are as many as fit, so that there
+    /// are likely more, and no key is among them, which would have to wait for how they end.
+    fn looks_ahead(&self, claim: &Claim) -> Option<i64> {
+        let full = claim.rows.len() == self.0.options.batch && claim.rows.iter().all(|row| row.key.is_none());
+        if full && self.0.options.lease >= ROOMY { claim.rows.last().map(|row| row.seq) } else { None }
+    }
+
+    async fn claim_ahead(&self, live: &Live, store: &Store, after: i64) -> Option<Result<Claim>> {
+        let _one = live.claiming.lock().await;
+        let claimed = store.claim_ahead(after, self.0.options.batch, self.0.options.lease).await?;
+        if claimed.as_ref().is_ok_and(|claim| !claim.rows.is_empty()) {
+            self.probe("claimed");
+        }
+        Some(claimed)
+    }
+
     async fn give_back(&self, store: &Store, claim: Claim) {
         let seqs: Vec<_> = claim.rows.iter().map(|row| row.seq).collect();
         if !seqs.is_empty()
@@ -171,12 +227,12 @@ impl Relay {
         }
     }
 
-    /// Publishes a claim, and keeps its lease meanwhile.
-    async fn publish(&self, store: &Store, claim: Claim) -> Published {
+    /// Publishes a claim, ours since then, and keeps its lease meanwhile.
+    async fn publish(&self, store: &Store, claim: Claim, since: Instant) -> Published {
         let Claim { token, rows, .. } = claim;
         let seqs: Vec<_> = rows.iter().map(|row| row.seq).collect();
         let lease = self.0.options.lease;
-        let leased = Mutex::new(Instant::now());
+        let leased = Mutex::new(since);
         let work = publish(rows, &*self.0.bus, &*self.0.policy);
         let heartbeat = async {
             loop {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use polybus_conformance::within;
+use polybus_conformance::{eventually, within};
 use polybus_core::outbox::relay::{Decision, Failed, FailurePolicy, Publisher, Relay, RelayBatch, RelayOptions};
 use polybus_core::transport::{Outgoing, Task};
 use polybus_core::{Error, Result};
@@ -145,4 +145,38 @@ async fn a_publish_longer_than_the_lease_keeps_it() {
     }
     gate.go.add_permits(1);
     assert_eq!(within(publishing).await.unwrap().relayed, 3);
+}
+
+#[tokio::test]
+async fn the_next_rows_are_claimed_during_a_publish_up_to_the_first_key_and_go_back_in_order() {
+    let ground = Ground::new();
+    let client = ground.server.connect().await;
+    for number in 0..6 {
+        insert(&client, &event(number, (number == 3).then_some("key"))).await;
+    }
+    let gate = Gate { began: Semaphore::new(0), go: Arc::new(Semaphore::new(0)), memo: Memo::new() };
+    let gate = Arc::new(gate);
+    let options = RelayOptions { batch: 2, ..RelayOptions::default() };
+    let relay = Relay::new(&ground.server.url(), gate.clone(), options).unwrap();
+    let claimed = |count: usize| {
+        let ground = &ground;
+        eventually("so many rows are claimed", move || async move { Ok(ground.count("claimed") == count) })
+    };
+    working(std::slice::from_ref(&relay), async {
+        gate.began.acquire().await.unwrap().forget();
+        // Two that are published, and the one in front of the key.
+        claimed(3).await;
+        gate.memo.away.store(true, std::sync::atomic::Ordering::SeqCst);
+        // The bus was asked before it went away: that publish is the last which works.
+        gate.go.add_permits(1);
+        gate.began.acquire().await.unwrap().forget();
+        claimed(1).await;
+        gate.go.add_permits(1);
+        claimed(0).await;
+        gate.memo.away.store(false, std::sync::atomic::Ordering::SeqCst);
+        gate.go.add_permits(100);
+        ground.until_delivered(&client, 6).await;
+    })
+    .await;
+    assert_eq!(gate.memo.numbers(), [0, 1, 2, 3, 4, 5]);
 }
