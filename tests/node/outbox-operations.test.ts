@@ -41,11 +41,11 @@ describe('through PgBouncer in transaction mode', { timeout: 180_000 }, () => {
 
   it('node-postgres stores and marks', async () => {
     const before = await count()
-    // Four connections on two sessions.
+    // Four connections on two sessions, at the same time, so that each is on one now and on the other then.
     const clients = Array.from({ length: 4 }, () => new pg.Client(`${servers.pool}/postgres`))
     for (const client of clients) await client.connect()
-    for (let round = 0; round < ROUNDS; round++) {
-      for (const client of clients) {
+    const some = async (client: pg.Client) => {
+      for (let round = 0; round < ROUNDS; round++) {
         await client.query('BEGIN')
         const event = placed(round)
         assert.equal(await outbox.store(event, client), true)
@@ -53,6 +53,7 @@ describe('through PgBouncer in transaction mode', { timeout: 180_000 }, () => {
         await client.query('COMMIT')
       }
     }
+    await Promise.all(clients.map(some))
     for (const client of clients) await client.end()
     assert.equal(await count(), before + 4 * ROUNDS)
   })

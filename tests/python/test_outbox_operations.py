@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -91,16 +92,19 @@ async def test_psycopg_stores_through_pgbouncer(pool: PgBouncer, db: Postgres) -
 
 async def test_asyncpg_stores_through_pgbouncer(pool: PgBouncer, db: Postgres) -> None:
     outbox, inbox, url = Outbox(), Inbox(), through(pool, db)
-    connections = [await asyncpg.connect(url, statement_cache_size=0) for _ in range(4)]
-    for number in range(ROUNDS):
-        for connection in connections:
+
+    async def one() -> None:
+        connection = await asyncpg.connect(url, statement_cache_size=0)
+        for number in range(ROUNDS):
             async with connection.transaction():
                 event = placed(number)
                 assert await outbox.store_async(event, connection) is True
                 async with inbox.once(connection, event, consumer="c") as first:
                     assert first is True
-    for connection in connections:
         await connection.close()
+
+    # At the same time, so that each of them is on one session now and on the other then.
+    await asyncio.gather(*(one() for _ in range(4)))
     assert len(db.events()) == len(db.marks()) == 4 * ROUNDS
 
 

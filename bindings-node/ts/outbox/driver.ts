@@ -119,12 +119,7 @@ function alone(what: string): InvalidConfig {
 }
 
 /** What to throw instead of what a driver threw; nothing if that says it well. */
-export function explained(
-  cause: unknown,
-  table: Table,
-  dialect: Dialect,
-  relaying = false,
-): PolybusError | undefined {
+export function explained(cause: unknown, table: Table, dialect: Dialect, relaying = false): PolybusError | undefined {
   let told: string | undefined
   if (says(cause, NO_TABLE)) told = table.missing(dialect)
   else if (says(cause, DENIED)) told = table.denied(dialect, relaying)
