@@ -19,11 +19,11 @@ import asyncpg
 import psycopg
 import psycopg2
 import pytest
-import sqlalchemy
+import sqlalchemy.orm
 
 from database_server import PgBouncer, PostgresServer
 from outbox_drivers import DRIVERS, Driver, Play, Postgres, database
-from polybus import AuthFailed, Bus, ConnectionFailed, Event
+from polybus import AuthFailed, Bus, ConnectionFailed, Event, InvalidConfig
 from polybus.outbox import Inbox, Outbox, Relay
 from relay_command import relay
 
@@ -217,6 +217,37 @@ def test_a_sqlite_file_that_may_not_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(AuthFailed, match="takes no writes on this connection"):
         Outbox().store(placed(), reader)
     reader.close()
+
+
+# ---- the wrong object ----------------------------------------------------------------------------------------------
+
+
+async def test_each_family_says_what_it_got_and_what_is_taken(db: Postgres, tmp_path: Path) -> None:
+    outbox, url = Outbox(), db.dsn("postgresql")
+    takes = "give a Django connection.*SQLAlchemy Session.*psycopg.*asyncpg.*sqlite3.*PyMySQL"
+    engine = sqlalchemy.create_engine(db.dsn("postgresql+psycopg"))
+    with psycopg.connect(url) as three, psycopg2.connect(url) as two, sqlite3.connect(tmp_path / "a.db") as lite:
+        for wrong, name in [
+            (three.cursor(), "psycopg.Cursor"),
+            (two.cursor(), "psycopg2.extensions.cursor"),
+            (lite.cursor(), "sqlite3.Cursor"),
+            (engine, "sqlalchemy.engine.base.Engine"),
+            (sqlalchemy.orm.sessionmaker(engine), "sqlalchemy.orm.session.sessionmaker"),
+            (f"{url}?password=s3cret", "builtins.str"),
+            ({"url": url}, "builtins.dict"),
+        ]:
+            with pytest.raises(InvalidConfig, match=takes) as raised:
+                outbox.store(placed(), wrong)
+            assert name in str(raised.value)
+            assert "s3cret" not in str(raised.value)
+    two.close()
+    lite.close()
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as several:
+        with pytest.raises(InvalidConfig, match=takes) as raised:
+            await outbox.store_async(placed(), several)
+        assert "asyncpg.pool.Pool" in str(raised.value)
+    assert db.events() == []
+    engine.dispose()
 
 
 # ---- clocks --------------------------------------------------------------------------------------------------------
