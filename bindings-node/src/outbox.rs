@@ -161,7 +161,7 @@ impl NativeInbox {
 
     /// The error for a user who lacks a right on it.
     #[napi]
-    pub fn denied(&self, dialect: String, _relaying: bool) -> napi::Result<String> {
+    pub fn denied(&self, dialect: String) -> napi::Result<String> {
         Dialect::parse(&dialect).map(|dialect| text(&self.0.table().denied(dialect, INBOX_RIGHTS))).map_err(throw)
     }
 
