@@ -127,6 +127,10 @@ export declare class NativeInbox {
   check(dialect: string, style: string): string
   /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
   missing(dialect: string): string
+  /** The error for a user who lacks a right on it. */
+  denied(dialect: string, relaying: boolean): string
+  /** The error for a database that takes no writes. */
+  readOnly(): string
 }
 
 /** Renders what stores events in one outbox table. */
@@ -144,6 +148,10 @@ export declare class NativeOutbox {
   check(dialect: string, style: string): string
   /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
   missing(dialect: string): string
+  /** The error for a user who lacks a right on it. */
+  denied(dialect: string): string
+  /** The error for a database that takes no writes. */
+  readOnly(): string
 }
 
 /** A relay of the core, and where it asks TypeScript. */

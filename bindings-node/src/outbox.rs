@@ -9,6 +9,7 @@ use napi_derive::napi;
 use polybus_core::codec;
 use polybus_core::error::Result;
 use polybus_core::options::Naming;
+use polybus_core::outbox::table::{INBOX_RIGHTS, OUTBOX_RIGHTS, RELAY_RIGHTS};
 use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Outbox, Param, Statement, Style};
 use serde_json::{Value, json};
 
@@ -96,6 +97,19 @@ impl NativeOutbox {
     pub fn missing(&self, dialect: String) -> napi::Result<String> {
         Dialect::parse(&dialect).map(|dialect| text(&self.0.table().missing(dialect, "Outbox"))).map_err(throw)
     }
+
+    /// The error for a user who lacks a right on it.
+    #[napi]
+    pub fn denied(&self, dialect: String, relaying: bool) -> napi::Result<String> {
+        let rights = if relaying { RELAY_RIGHTS } else { OUTBOX_RIGHTS };
+        Dialect::parse(&dialect).map(|dialect| text(&self.0.table().denied(dialect, rights))).map_err(throw)
+    }
+
+    /// The error for a database that takes no writes.
+    #[napi]
+    pub fn read_only(&self) -> String {
+        text(&self.0.table().read_only())
+    }
 }
 
 /// Renders statements for one inbox table.
@@ -143,5 +157,17 @@ impl NativeInbox {
     #[napi]
     pub fn missing(&self, dialect: String) -> napi::Result<String> {
         Dialect::parse(&dialect).map(|dialect| text(&self.0.table().missing(dialect, "Inbox"))).map_err(throw)
+    }
+
+    /// The error for a user who lacks a right on it.
+    #[napi]
+    pub fn denied(&self, dialect: String) -> napi::Result<String> {
+        Dialect::parse(&dialect).map(|dialect| text(&self.0.table().denied(dialect, INBOX_RIGHTS))).map_err(throw)
+    }
+
+    /// The error for a database that takes no writes.
+    #[napi]
+    pub fn read_only(&self) -> String {
+        text(&self.0.table().read_only())
     }
 }

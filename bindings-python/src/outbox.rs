@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use polybus_core::Event;
 use polybus_core::options::Naming;
+use polybus_core::outbox::table::{INBOX_RIGHTS, OUTBOX_RIGHTS, RELAY_RIGHTS};
 use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Insert, Outbox, Param, Statement, Style, relay};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
@@ -93,6 +94,18 @@ impl PyOutbox {
         let dialect = Dialect::parse(dialect).map_err(raise(py))?;
         Ok(to_py(py, &self.0.table().missing(dialect, "Outbox")).into_value(py).into_bound(py).into_any())
     }
+
+    /// The error for a user who lacks a right on it.
+    fn denied<'py>(&self, py: Python<'py>, dialect: &str, relaying: bool) -> PyResult<Bound<'py, PyAny>> {
+        let dialect = Dialect::parse(dialect).map_err(raise(py))?;
+        let error = self.0.table().denied(dialect, if relaying { RELAY_RIGHTS } else { OUTBOX_RIGHTS });
+        Ok(to_py(py, &error).into_value(py).into_bound(py).into_any())
+    }
+
+    /// The error for a database that takes no writes.
+    fn read_only<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
+        to_py(py, &self.0.table().read_only()).into_value(py).into_bound(py).into_any()
+    }
 }
 
 /// One statement that stores events.
@@ -176,5 +189,15 @@ impl PyInbox {
     fn missing<'py>(&self, py: Python<'py>, dialect: &str) -> PyResult<Bound<'py, PyAny>> {
         let dialect = Dialect::parse(dialect).map_err(raise(py))?;
         Ok(to_py(py, &self.0.table().missing(dialect, "Inbox")).into_value(py).into_bound(py).into_any())
+    }
+
+    fn denied<'py>(&self, py: Python<'py>, dialect: &str, _relaying: bool) -> PyResult<Bound<'py, PyAny>> {
+        let dialect = Dialect::parse(dialect).map_err(raise(py))?;
+        let error = self.0.table().denied(dialect, INBOX_RIGHTS);
+        Ok(to_py(py, &error).into_value(py).into_bound(py).into_any())
+    }
+
+    fn read_only<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
+        to_py(py, &self.0.table().read_only()).into_value(py).into_bound(py).into_any()
     }
 }

@@ -1,7 +1,7 @@
 """A real PostgreSQL or MariaDB of the tests' own: on a free port of the loopback, with its data in a temporary folder.
 
 As a program, for tests in other languages: `database_server.py postgres` prints the port, and ends the server when its
-input ends.
+input ends; `database_server.py postgres pgbouncer` prints a second one, of a PgBouncer in front of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,41 @@ class PostgresServer(DatabaseServer):
         self._process.wait(DEADLINE)
 
 
+class PgBouncer(DatabaseServer):
+    """PgBouncer in transaction mode, with two sessions on a `PostgresServer` for each database.
+
+    What holds a session for longer than a transaction breaks there. It lets everybody in.
+    """
+
+    user = "postgres"
+    account = "postgres"
+    ready = "process up"
+
+    def __init__(self, server: DatabaseServer) -> None:
+        self._server = server
+        super().__init__()
+
+    def _make(self) -> list[str]:
+        return ["true"]
+
+    def _serve(self) -> list[str]:
+        config = f"""
+            [databases]
+            * = host=127.0.0.1 port={self._server.port} user={self._server.user}
+            [pgbouncer]
+            listen_addr = 127.0.0.1
+            listen_port = {self.port}
+            unix_socket_dir =
+            auth_type = any
+            pool_mode = transaction
+            default_pool_size = 2
+            server_login_retry = 0.1
+        """
+        file = self._folder / "pgbouncer.ini"
+        file.write_text("\n".join(line.strip() for line in config.splitlines()))
+        return [shutil.which("pgbouncer") or "/usr/sbin/pgbouncer", str(file)]
+
+
 class MariaServer(DatabaseServer):
     """MariaDB."""
 
@@ -174,6 +210,8 @@ class MariaServer(DatabaseServer):
 SERVERS: dict[str, type[DatabaseServer]] = {"postgres": PostgresServer, "mysql": MariaServer}
 
 if __name__ == "__main__":
-    with SERVERS[sys.argv[1]]() as server:
-        print(server.port, flush=True)
+    with ExitStack() as running:
+        server = running.enter_context(SERVERS[sys.argv[1]]())
+        pools = [running.enter_context(PgBouncer(server)) for _ in sys.argv[2:]]
+        print(*(each.port for each in (server, *pools)), flush=True)
         sys.stdin.read()

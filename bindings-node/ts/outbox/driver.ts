@@ -7,7 +7,7 @@
  *
  * @module
  */
-import { fromNative, InvalidConfig } from '../errors.js'
+import { fromNative, InvalidConfig, type PolybusError } from '../errors.js'
 import { drizzle } from './drizzle.js'
 import { knex } from './knex.js'
 import { kysely } from './kysely.js'
@@ -57,6 +57,8 @@ export type Steps<T> = Generator<Statement & { returnsRows: boolean }, T, unknow
 /** What the core knows of the table that the statements are for. */
 export interface Table {
   missing(dialect: string): string
+  denied(dialect: string, relaying: boolean): string
+  readOnly(): string
 }
 
 /** How {@link drive} is to run its steps. */
@@ -84,7 +86,7 @@ function driveNow<T>(driver: Driver & { dialect: Dialect }, steps: Steps<T>, tab
     try {
       step = steps.next(firstColumn(driver.run(sql, params, returnsRows) as unknown[]))
     } catch (error) {
-      throw lacksTable(error) ? missing(table, driver.dialect, error) : error
+      throw explained(error, table, driver.dialect) ?? error
     }
   }
   return step.value
@@ -103,7 +105,7 @@ async function driveLater<T>(
     try {
       step = steps.next(firstColumn(await driver.run(sql, params, returnsRows)))
     } catch (error) {
-      throw lacksTable(error) ? missing(table, driver.dialect, error) : error
+      throw explained(error, table, driver.dialect) ?? error
     }
   }
   return step.value
@@ -116,9 +118,14 @@ function alone(what: string): InvalidConfig {
   )
 }
 
-/** What to throw for a statement that {@link lacksTable}. */
-export function missing(table: Table, dialect: Dialect, cause: unknown): Error {
-  const error = fromNative(new Error(table.missing(dialect))) as Error
+/** What to throw instead of what a driver threw; nothing if that says it well. */
+export function explained(cause: unknown, table: Table, dialect: Dialect, relaying = false): PolybusError | undefined {
+  let told: string | undefined
+  if (says(cause, NO_TABLE)) told = table.missing(dialect)
+  else if (says(cause, DENIED)) told = table.denied(dialect, relaying)
+  else if (says(cause, READ_ONLY)) told = table.readOnly()
+  if (told === undefined) return undefined
+  const error = fromNative(new Error(told)) as PolybusError
   Object.defineProperty(error, 'cause', { value: cause, configurable: true, writable: true })
   return error
 }
@@ -128,19 +135,37 @@ function firstColumn(rows: unknown[]): unknown[] {
   return rows.map((row) => Object.values(row as object)[0])
 }
 
-// PostgreSQL: undefined_table, undefined_column, invalid_schema_name. MySQL: the same three.
-const STATES = new Set(['42P01', '42703', '3F000'])
-const NUMBERS = new Set([1146, 1054, 1049])
-// SQLite has one code for every error in a statement's text: only the message tells them apart.
-const WORDS = /no such table|no such column|has no column named|unknown database/
-const SQLITE = /^(SQLITE_ERROR|ERR_SQLITE_ERROR)$/
+/**
+ * How drivers say one thing: by PostgreSQL's state, by MySQL's number, in SQLite's words. SQLite has one code for every
+ * error in a statement's text: only the message tells them apart.
+ */
+interface Sign {
+  states: readonly string[]
+  numbers: readonly number[]
+  words: RegExp
+}
 
-/** Whether a statement failed for want of its table or of a column, as each driver says it. */
-export function lacksTable(error: unknown, depth = 6): boolean {
+// PostgreSQL: undefined_table, undefined_column, invalid_schema_name. MySQL: the same three.
+const NO_TABLE: Sign = {
+  states: ['42P01', '42703', '3F000'],
+  numbers: [1146, 1054, 1049],
+  words: /no such table|no such column|has no column named|unknown database/,
+}
+// insufficient_privilege; the same for a database, a table and a column.
+const DENIED: Sign = {
+  states: ['42501'],
+  numbers: [1044, 1142, 1143],
+  words: /attempt to write a readonly database/,
+}
+// read_only_sql_transaction; a server, a transaction and an engine that only read.
+const READ_ONLY: Sign = { states: ['25006'], numbers: [1290, 1792, 1836], words: /(?!)/ }
+const SQLITE = /^(SQLITE_ERROR|SQLITE_READONLY\w*|ERR_SQLITE_ERROR)$/
+
+function says(error: unknown, sign: Sign, depth = 6): boolean {
   if (typeof error !== 'object' || error === null || depth === 0) return false
   const { code, originalCode, errno, message, cause, driverError, meta, driverAdapterError } = error as Shape
-  if (STATES.has(code) || STATES.has(originalCode) || NUMBERS.has(errno)) return true
-  if (SQLITE.test(code) && WORDS.test(message)) return true
+  if (sign.states.includes(code) || sign.states.includes(originalCode) || sign.numbers.includes(errno)) return true
+  if (SQLITE.test(code) && sign.words.test(message)) return true
   // How Drizzle, TypeORM and Prisma wrap what their driver threw.
-  return [cause, driverError, meta, driverAdapterError].some((inner) => lacksTable(inner, depth - 1))
+  return [cause, driverError, meta, driverAdapterError].some((inner) => says(inner, sign, depth - 1))
 }

@@ -9,7 +9,7 @@ import { call, fromNative, InvalidConfig, type PolybusError } from '../errors.js
 import { describe, describeValue, optionsText } from '../json.js'
 import { native } from '../native.js'
 import type { RetryPolicy } from '../retry.js'
-import { lacksTable, missing } from './driver.js'
+import { explained } from './driver.js'
 
 /** What a statement gave. */
 export interface ExecutorResult {
@@ -302,8 +302,8 @@ export class Relay {
           this.#native.answerDecision(asked.id, milliseconds(await this.#policy(asked.attempts, error)))
         }
       } catch (error) {
-        if (lacksTable(error))
-          this.#native.answerError(asked.id, false, missing(this.#table, this.#dialect, error).message)
+        const told = explained(error, this.#table, this.#dialect, true)
+        if (told !== undefined) this.#native.answerError(asked.id, told.retryable, told.message)
         else this.#native.answerError(asked.id, !(error instanceof TypeError), describe(error))
       }
     }

@@ -2,6 +2,7 @@
 //!
 //! A subcommand is a file with its arguments and what it does; this one chooses, and says how it ended.
 
+mod http;
 mod outbox;
 mod relay;
 mod schema;

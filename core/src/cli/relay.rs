@@ -7,17 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
 use super::Stop;
+use super::http::Pages;
 use crate::error::{Error, Result};
 use crate::outbox::relay::{Relay, RelayBatch, RelayOptions};
 use crate::outbox::table::OUTBOX;
 use crate::{Bus, BusOptions, process};
-
-/// Most bytes of a request's head, and how long it may take.
-const REQUEST: (usize, Duration) = (8 << 10, Duration::from_secs(5));
 
 #[derive(Args)]
 pub(super) struct Command {
@@ -52,7 +48,7 @@ pub(super) struct Command {
     #[arg(long)]
     listen_url: Option<String>,
     /// Serve /health and /metrics at this address, such as 127.0.0.1:9187
-    #[arg(long)]
+    #[arg(long, value_parser = address, conflicts_with = "once")]
     http: Option<SocketAddr>,
 }
 
@@ -63,8 +59,14 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "give an IP address and a port, such as 127.0.0.1:9187, 0.0.0.0:9187 or [::]:9187".to_owned())
+}
+
 impl Command {
     pub(super) fn run(self, out: &mut dyn Write) -> Result<(), Stop> {
+        crate::logs::watch(log::LevelFilter::Info, say);
         let given = |option: Option<String>, flag: &str, variable: &str| {
             let found = option.or_else(|| std::env::var(variable).ok()).filter(|url| !url.is_empty());
             found.ok_or_else(|| Error::invalid_config(format!("pass --{flag}, or set {variable}")))
@@ -113,14 +115,14 @@ async fn drain(relay: &Relay) -> Result<Option<RelayBatch>> {
 async fn serve(relay: &Relay, http: Option<SocketAddr>) -> Result<Option<RelayBatch>> {
     heed_signals();
     let pages = match http {
-        Some(address) => {
-            let listener = TcpListener::bind(address).await;
-            let listener = listener.map_err(|cause| {
-                Error::invalid_config(format!("--http {address} cannot be used: {cause}")).caused_by(cause)
-            })?;
-            Some(tokio::spawn(pages(listener, relay.clone())))
-        }
+        Some(address) => Some(Pages::at(address).await?),
         None => None,
+    };
+    let answering = async {
+        match &pages {
+            Some(pages) => pages.serve(relay).await,
+            None => std::future::pending().await,
+        }
     };
     let mut running = std::pin::pin!(relay.run());
     let asked_to_stop = async {
@@ -128,17 +130,31 @@ async fn serve(relay: &Relay, http: Option<SocketAddr>) -> Result<Option<RelayBa
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    let ended = tokio::select! {
-        ended = &mut running => ended,
-        () = asked_to_stop => {
-            relay.stop();
-            running.await
+    let working = async {
+        tokio::select! {
+            ended = &mut running => ended,
+            () = asked_to_stop => {
+                relay.stop();
+                running.await
+            }
         }
     };
-    if let Some(pages) = pages {
-        pages.abort();
-    }
+    // The pages are there until the last row is done.
+    let ended = tokio::select! {
+        ended = working => ended,
+        () = answering => Ok(()),
+    };
     ended.map(|()| None)
+}
+
+/// What the core logs goes to standard error, at once: no language is there to fetch it.
+fn say() -> bool {
+    let mut err = std::io::stderr().lock();
+    for (level, text) in crate::logs::take() {
+        let now = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
+        let _ = writeln!(err, "{now} {level} {text}"); // there is nowhere else to say it
+    }
+    true
 }
 
 /// SIGINT or SIGTERM came.
@@ -153,49 +169,4 @@ fn heed_signals() {
         // SAFETY: the handler only stores into an atomic.
         unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) };
     }
-}
-
-async fn pages(listener: TcpListener, relay: Relay) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let relay = relay.clone();
-                tokio::spawn(async move { tokio::time::timeout(REQUEST.1, answer(stream, &relay)).await });
-            }
-            Err(cause) => {
-                log::warn!("no request for health or metrics was accepted: {cause}");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        }
-    }
-}
-
-/// One request, one answer, and the connection ends: enough for probes and for Prometheus.
-async fn answer(mut stream: TcpStream, relay: &Relay) -> std::io::Result<()> {
-    let mut head = Vec::new();
-    while !head.windows(4).any(|four| four == b"\r\n\r\n") {
-        if head.len() > REQUEST.0 || stream.read_buf(&mut head).await? == 0 {
-            return Ok(());
-        }
-    }
-    let head = String::from_utf8_lossy(&head);
-    let (status, kind, body) = match head.split_whitespace().take(2).collect::<Vec<_>>()[..] {
-        ["GET" | "HEAD", "/metrics"] => ("200 OK", "text/plain; version=0.0.4", relay.metrics().await),
-        ["GET" | "HEAD", "/health" | "/healthz"] => {
-            let health = relay.health();
-            let status = if health.healthy { "200 OK" } else { "503 Service Unavailable" };
-            let body = serde_json::json!({
-                "healthy": health.healthy, "workers": health.workers, "database": health.database, "bus": health.bus,
-            });
-            (status, "application/json", format!("{body}\n"))
-        }
-        _ => ("404 Not Found", "text/plain", "there are /health and /metrics\n".to_owned()),
-    };
-    let length = body.len();
-    let body = if head.starts_with("HEAD") { "" } else { &body };
-    let text = format!(
-        "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
-    );
-    stream.write_all(text.as_bytes()).await?;
-    stream.shutdown().await
 }

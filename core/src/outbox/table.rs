@@ -15,7 +15,7 @@
 
 use super::dialect::{Dialect, Style};
 use super::statement::{Sql, Statement};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::Excerpt;
 
 /// The outbox's name unless another is given.
@@ -28,6 +28,13 @@ pub const OUTBOX_COLUMNS: &str = "seq, event_id, type, event, partition_key, ded
                                   lease_token, lease_until, last_error, created_at, delivered_at";
 /// Every column of the inbox.
 pub const INBOX_COLUMNS: &str = "consumer, event_id, processed_at";
+
+/// What storing events takes on the outbox.
+pub const OUTBOX_RIGHTS: &str = "SELECT, INSERT";
+/// What marking events takes on the inbox, and purging it.
+pub const INBOX_RIGHTS: &str = "SELECT, INSERT, DELETE";
+/// What a relay takes on the outbox; DELETE is for purging.
+pub const RELAY_RIGHTS: &str = "SELECT, UPDATE, DELETE";
 
 /// Longest `event_id`, `consumer` and inbox id, in bytes.
 pub const MAX_ID: usize = 255;
@@ -238,6 +245,49 @@ impl Table {
              prints, or the statements of {whose}.ddl(\"{0}\")",
             dialect.name()
         ))
+    }
+
+    /// What to raise when the database refused a statement because its user lacks a right. `rights`: what the statement
+    /// needs on the table.
+    pub fn denied(&self, dialect: Dialect, rights: &str) -> Error {
+        let message = match dialect {
+            Dialect::Sqlite => format!(
+                "the file with the table {} takes no writes on this connection; check the rights on the file and its folder, \
+                 and whether it is opened read-only",
+                self.full()
+            ),
+            Dialect::Postgres | Dialect::MySql => format!(
+                "the user of this connection lacks a right on the table {}, on which it needs {rights}; run: {}",
+                self.full(),
+                self.grant(dialect, rights, None)
+            ),
+        };
+        Error::new(ErrorKind::AuthFailed, message)
+    }
+
+    /// What to raise when the database, or the transaction, takes no writes.
+    pub fn read_only(&self) -> Error {
+        Error::connection_failed(format!(
+            "the database takes no writes into the table {} here: it is a replica, or it, the user or the transaction is \
+             set to read only; connect to the primary, and try again after a failover",
+            self.full()
+        ))
+    }
+
+    /// The statements that give `rights` on the table.
+    pub fn grant(&self, dialect: Dialect, rights: &str, user: Option<&str>) -> String {
+        let quoted = |user: &str| match dialect {
+            Dialect::MySql => format!("'{}'", user.replace('\'', "''")),
+            Dialect::Postgres | Dialect::Sqlite => format!("\"{}\"", user.replace('"', "\"\"")),
+        };
+        let user = user.map_or_else(|| "the_user".to_owned(), quoted);
+        let table = format!("GRANT {rights} ON {} TO {user}", self.quoted(dialect));
+        match &self.schema {
+            Some(schema) if dialect == Dialect::Postgres => {
+                format!("GRANT USAGE ON SCHEMA {} TO {user}; {table}", dialect.quote(schema))
+            }
+            _ => table,
+        }
     }
 
     fn check(&self, dialect: Dialect, style: Style, columns: &str) -> Statement {

@@ -459,6 +459,12 @@ pub fn connect(url: &str, settings: Settings) -> Task<Result<Arc<dyn Transport>>
 
 fn split(url: &str) -> Result<(&str, &str)> {
     let Some((scheme, rest)) = url.split_once("://") else {
+        if url.contains('@') {
+            // What stands before it may be a password.
+            return Err(Error::invalid_config(
+                "the bus URL lacks its \"://\"; write one like redis://user:password@host or sqlite:///events.db",
+            ));
+        }
         return Err(Error::invalid_config(format!(
             "{:?} is not a bus URL; write one like sqlite:///events.db or memory://",
             redact(url)

@@ -39,11 +39,29 @@ export interface SqliteDatabase {
 const PROGRAM = fileURLToPath(new URL('../../support/database_server.py', import.meta.url))
 const running = new Map<Dialect, Promise<{ port: number; process: ChildProcess }>>()
 
+/** A PgBouncer in transaction mode, in front of a PostgreSQL of its own; ends with this process or by `close`. */
+export async function startPool(): Promise<{ server: string; pool: string; close(): Promise<void> }> {
+  const { line, process } = await launch('postgres', 'pgbouncer')
+  const [server, pool] = line.split(' ').map((port) => `postgresql://postgres@127.0.0.1:${port}`)
+  const close = async () => {
+    const ended = once(process, 'exit')
+    process.ref()
+    process.stdin?.end()
+    await ended
+  }
+  return { server: server as string, pool: pool as string, close }
+}
+
 async function start(dialect: Dialect) {
-  const child = spawn('python3', [PROGRAM, dialect], { stdio: ['pipe', 'pipe', 'inherit'] })
+  const { line, process } = await launch(dialect)
+  return { port: Number(line), process }
+}
+
+async function launch(...servers: string[]): Promise<{ line: string; process: ChildProcess }> {
+  const child = spawn('python3', [PROGRAM, ...servers], { stdio: ['pipe', 'pipe', 'inherit'] })
   const [line] = await once(createInterface({ input: child.stdout }), 'line', { signal: AbortSignal.timeout(60_000) })
   child.unref()
-  return { port: Number(line), process: child }
+  return { line: String(line), process: child }
 }
 
 /** The port of the server that the tests of this process share. It ends with this process, or by {@link stopServers}. */

@@ -4,7 +4,9 @@
 //! As with [`crate::redis_server`], everything blocks for as long as it takes and panics when that is too long.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
 use crate::DEADLINE;
+use crate::certificates::Certificates;
 
 const PORTS: Range<u16> = 22_000..30_000;
 
@@ -47,6 +50,26 @@ impl PostgresServer {
         }
     }
 
+    /// A hot standby of this server, as it is now and with what follows. This server starts again.
+    pub fn standby(&mut self) -> Self {
+        self.add_rules("host replication all 127.0.0.1/32 trust");
+        self.restart();
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let folder = tempfile::Builder::new().prefix("polybus-postgres-").tempdir().unwrap();
+            own(folder.path());
+            let data = folder.path().join("data");
+            run(command("pg_basebackup").args(["-d", &self.url(), "-R", "-c", "fast", "-D"]).arg(&data));
+            let port = fastrand::u16(PORTS);
+            let process = spawn(&data, port);
+            let mut server = Self { port, process, folder };
+            if server.comes_up(deadline) {
+                return server;
+            }
+            assert!(Instant::now() < deadline, "the standby does not start:\n{}", server.log());
+        }
+    }
+
     fn comes_up(&mut self, deadline: Instant) -> bool {
         while Instant::now() < deadline {
             if self.process.try_wait().unwrap().is_some() {
@@ -55,7 +78,9 @@ impl PostgresServer {
             // Ours writes this file; whoever has our port does not. One that was killed leaves its own behind.
             let told = fs::read_to_string(self.data().join("postmaster.pid")).unwrap_or_default();
             let lines: Vec<_> = told.lines().map(str::trim).collect();
-            if lines.first() == Some(&&*self.process.id().to_string()) && lines.get(7) == Some(&"ready") {
+            if lines.first() == Some(&&*self.process.id().to_string())
+                && matches!(lines.get(7), Some(&"ready" | &"standby"))
+            {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -96,6 +121,39 @@ impl PostgresServer {
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "psql {sql:?}: {told}\n{}", self.log());
         String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Offers TLS from now on, with the certificate for the loopback, and asks clients for theirs. `rules` go before those of
+    /// `pg_hba.conf`. Returns when it answers again.
+    pub fn offer_tls(&mut self, certificates: &Certificates, rules: &str) {
+        let (certificate, key) = certificates.server();
+        for (from, name) in [(certificate, "server.crt"), (key, "server.key"), (certificates.authority(), "ca.crt")] {
+            let file = self.data().join(name);
+            fs::copy(from, &file).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+            own(&file);
+        }
+        let settings = "\nssl = on\nssl_ca_file = 'ca.crt'\n";
+        File::options()
+            .append(true)
+            .open(self.data().join("postgresql.conf"))
+            .unwrap()
+            .write_all(settings.as_bytes())
+            .unwrap();
+        self.add_rules(rules);
+        self.restart();
+    }
+
+    /// Puts lines before those of `pg_hba.conf`; they hold after the next start.
+    pub fn add_rules(&self, rules: &str) {
+        let file = self.data().join("pg_hba.conf");
+        let others = fs::read_to_string(&file).unwrap();
+        fs::write(&file, format!("{rules}\n{others}")).unwrap();
     }
 
     /// `kill -9` of everything. Returns when it is dead.
@@ -144,7 +202,7 @@ fn binary(name: &str) -> PathBuf {
 }
 
 /// `program` run by somebody who may run a server.
-fn command(program: &str) -> Command {
+pub(crate) fn command(program: &str) -> Command {
     if !rustix::process::geteuid().is_root() {
         return Command::new(binary(program));
     }
@@ -154,7 +212,7 @@ fn command(program: &str) -> Command {
 }
 
 /// Gives a folder to who runs the server.
-fn own(folder: &Path) {
+pub(crate) fn own(folder: &Path) {
     if rustix::process::geteuid().is_root() {
         run(Command::new("chown").arg("-R").arg(format!("{USER}:nogroup")).arg(folder));
     }

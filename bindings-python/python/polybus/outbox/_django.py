@@ -30,6 +30,8 @@ class Django:
 def adapt(session: Any) -> Django | None:
     """A driver for a connection or the name of one; `None` for anything else, as a model or a cursor."""
     if isinstance(session, str):
+        if "://" in session:
+            return None  # a URL, perhaps with a password, which Django would show
         from django.db import connections  # fails with Django's own error where there is none
 
         session = connections[session]

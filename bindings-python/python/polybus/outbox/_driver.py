@@ -69,6 +69,10 @@ class Table(Protocol):
 
     def missing(self, dialect: str) -> BaseException: ...
 
+    def denied(self, dialect: str, relaying: bool) -> BaseException: ...
+
+    def read_only(self) -> BaseException: ...
+
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[tuple[str, Any], list[Any], T]
@@ -147,9 +151,10 @@ def drive(driver: Driver, steps: Steps[T], table: Table, *, what: str, allow_aut
     except StopIteration as end:
         return cast("T", end.value)
     except Exception as error:
-        if lacks_table(error):
-            raise table.missing(driver.dialect) from error
-        raise
+        told = explain(error, table, driver.dialect)
+        if told is None:
+            raise
+        raise told from error
 
 
 async def drive_async(driver: AsyncDriver, steps: Steps[T], table: Table, *, what: str, allow_autocommit: bool) -> T:
@@ -166,29 +171,54 @@ async def drive_async(driver: AsyncDriver, steps: Steps[T], table: Table, *, wha
                 return cast("T", end.value)
             rows = await driver.run(*statement)
     except Exception as error:
-        if lacks_table(error):
-            raise table.missing(driver.dialect) from error
-        raise
+        told = explain(error, table, driver.dialect)
+        if told is None:
+            raise
+        raise told from error
+
+
+class Sign(NamedTuple):
+    """How drivers say one thing: by PostgreSQL's state, by MySQL's number, in SQLite's words.
+
+    SQLite has one code for every error in a statement's text: only the message tells them apart.
+    """
+
+    states: frozenset[str]
+    numbers: frozenset[int]
+    words: tuple[str, ...]
 
 
 # PostgreSQL: undefined_table, undefined_column, invalid_schema_name. MySQL: the same three.
-STATES = {"42P01", "42703", "3F000"}
-NUMBERS = {1146, 1054, 1049}
-# SQLite has one code for every error in a statement's text: only the message tells them apart.
-WORDS = ("no such table", "no such column", "has no column named", "unknown database")
+NO_TABLE = Sign(
+    frozenset({"42P01", "42703", "3F000"}),
+    frozenset({1146, 1054, 1049}),
+    ("no such table", "no such column", "has no column named", "unknown database"),
+)
+# insufficient_privilege; the same for a database, a table and a column.
+DENIED = Sign(frozenset({"42501"}), frozenset({1044, 1142, 1143}), ("attempt to write a readonly database",))
+# read_only_sql_transaction; a server, a transaction and an engine that only read.
+READ_ONLY = Sign(frozenset({"25006"}), frozenset({1290, 1792, 1836}), ())
 
 
-def lacks_table(error: BaseException | None) -> bool:
-    """Whether a statement failed for want of its table or of a column, as each driver says it."""
+def explain(error: BaseException, table: Table, dialect: str, *, relaying: bool = False) -> BaseException | None:
+    """What to raise instead of what a driver raised; `None` if that says it well."""
+    if _says(error, NO_TABLE):
+        return table.missing(dialect)
+    if _says(error, DENIED):
+        return table.denied(dialect, relaying)
+    return table.read_only() if _says(error, READ_ONLY) else None
+
+
+def _says(error: BaseException | None, sign: Sign) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if getattr(error, "sqlstate", None) in STATES or getattr(error, "pgcode", None) in STATES:
+        if getattr(error, "sqlstate", None) in sign.states or getattr(error, "pgcode", None) in sign.states:
             return True
         module = type(error).__module__.partition(".")[0]
-        if module == "pymysql" and error.args and error.args[0] in NUMBERS:
+        if module == "pymysql" and error.args and error.args[0] in sign.numbers:
             return True
-        if module == "sqlite3" and any(words in str(error) for words in WORDS):
+        if module == "sqlite3" and any(words in str(error) for words in sign.words):
             return True
         original = getattr(error, "orig", None)  # SQLAlchemy's
         error = original if isinstance(original, BaseException) else error.__cause__

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from polybus import _runtime
 from polybus._native import Event, NativeOutbox, NativeRelay
 from polybus.errors import InvalidConfig, PolybusError
-from polybus.outbox._driver import lacks_table
+from polybus.outbox._driver import explain
 from polybus.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -297,8 +297,9 @@ class Relay:
                     assert self._policy is not None
                     self._native.answer_decision(number, _seconds(await _awaited(self._policy(first, second))))
             except Exception as error:
-                if lacks_table(error):
-                    self._native.answer_error(number, False, str(self._table.missing(self._dialect)))
+                told = explain(error, self._table, self._dialect, relaying=True)
+                if told is not None:
+                    self._native.answer_error(number, getattr(told, "retryable", False), str(told))
                     continue
                 retryable = not isinstance(error, (TypeError, ValueError, AttributeError, AssertionError))
                 self._native.answer_error(number, retryable, f"{type(error).__qualname__}: {error}")

@@ -14,14 +14,14 @@ use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Config, Row};
+use tokio_postgres::{Client, Config, Row, SimpleQueryMessage};
 
 use super::store::{Answer, Executor};
-use super::tls::Tls;
+use super::tls::{self, Tls};
 use crate::error::{Error, ErrorKind, Result, nearest};
 use crate::outbox::dialect::{Dialect, Style};
 use crate::outbox::statement::{Param, Statement};
-use crate::outbox::table::Table;
+use crate::outbox::table::{RELAY_RIGHTS, Table};
 use crate::transport::Task;
 
 /// A statement that takes longer is given up, with its connection: the other side may be gone without a word.
@@ -64,25 +64,22 @@ impl Server {
             });
         }
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let (mut verify, mut root, mut kept) = (false, None, Vec::new());
+        let (mut asked, mut kept) = (tls::Asked::default(), Vec::new());
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            match pair.split_once('=') {
-                Some(("sslmode" | "ssl", "verify-full" | "verify-ca")) => {
-                    verify = true;
-                    kept.push("sslmode=require".to_owned());
-                }
-                Some(("sslmode", "allow")) => kept.push("sslmode=prefer".to_owned()),
-                Some(("ssl", mode)) => kept.push(format!("sslmode={mode}")),
-                Some(("sslrootcert", path)) => {
-                    let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
-                    root = Some(path.into_owned()).filter(|path| path != "system");
-                }
-                _ => kept.push(pair.to_owned()),
-            }
+            kept.extend(asked.read(pair)?);
         }
         let mut config = Config::from_str(&format!("postgresql://{place}?{}", kept.join("&"))).map_err(|cause| {
             let why = std::error::Error::source(&cause).map_or_else(|| cause.to_string(), ToString::to_string);
-            let names = ["sslmode", "sslrootcert", "application_name", "connect_timeout", "options", "keepalives"];
+            let names = [
+                "sslmode",
+                "sslrootcert",
+                "sslcert",
+                "sslkey",
+                "application_name",
+                "connect_timeout",
+                "options",
+                "keepalives",
+            ];
             let near = why.split('`').nth(1).and_then(|word| nearest(word, names));
             let hint = near.map_or(String::new(), |near| format!("; did you mean {near}?"));
             Error::invalid_config(format!("the database URL is not valid: {why}{hint}"))
@@ -102,7 +99,7 @@ impl Server {
             config.tcp_user_timeout(Duration::from_secs(30));
         }
         config.keepalives_idle(Duration::from_secs(30));
-        let tls = Tls::new(verify, root.as_deref())?;
+        let tls = Tls::new(&asked)?;
         let name = name(&config);
         Ok(Self { config, tls, name, pooled: Arc::default() })
     }
@@ -133,7 +130,15 @@ impl Server {
                     );
                     self.pooled.store(true, Ordering::Relaxed);
                 }
-                opened => return opened.map_err(|cause| self.explain(cause, None)),
+                Err(cause) => return Err(self.explain(cause, None)),
+                // A pool may be told to swallow wishes instead of refusing them.
+                Ok(client) => {
+                    let heard = client.simple_query("SHOW enable_seqscan").await;
+                    let heard = heard.map_err(|cause| self.explain(cause, None))?;
+                    let off = |message: &SimpleQueryMessage| matches!(message, SimpleQueryMessage::Row(row) if row.get(0) == Some("off"));
+                    self.pooled.store(!heard.iter().any(off), Ordering::Relaxed);
+                    return Ok(client);
+                }
             }
         }
         self.open(&self.config).await.map_err(|cause| self.explain(cause, None))
@@ -149,6 +154,9 @@ impl Server {
     /// What `cause` means, and what to do.
     pub fn explain(&self, cause: tokio_postgres::Error, table: Option<&Table>) -> Error {
         let name = &self.name;
+        if let Some(error) = tls::explain(name, &cause) {
+            return error.caused_by(cause);
+        }
         let Some(db) = cause.as_db_error() else {
             let why = std::error::Error::source(&cause).map_or_else(|| cause.to_string(), ToString::to_string);
             let config = cause.to_string().starts_with("invalid configuration");
@@ -157,10 +165,15 @@ impl Server {
         };
         let (code, said) = (db.code(), db.message());
         let error = match *code {
-            SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => Error::new(
-                ErrorKind::AuthFailed,
-                format!("the database {name} refused the user: {said}; check user and password of the URL"),
-            ),
+            SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
+                // As the server words it. Whatever else it says is told as it is.
+                let check = match said {
+                    _ if said.contains("certificate") => "give sslcert and sslkey, and a certificate for this user",
+                    _ if said.contains("no encryption") => "it may want TLS: give sslmode=require, or verify-full",
+                    _ => "check user and password of the URL",
+                };
+                Error::new(ErrorKind::AuthFailed, format!("the database {name} refused the user: {said}; {check}"))
+            }
             SqlState::INVALID_CATALOG_NAME => {
                 Error::invalid_config(format!("{name}: {said}; check the last part of the URL"))
             }
@@ -171,14 +184,17 @@ impl Server {
                 };
                 Error::invalid_config(format!("{told}, or of the command: polybus outbox ddl --dialect postgres"))
             }
-            SqlState::INSUFFICIENT_PRIVILEGE => Error::new(
-                ErrorKind::AuthFailed,
-                format!(
-                    "the user of {name} may not do what a relay does: {said}; GRANT SELECT, UPDATE, DELETE on the table, and USAGE on its schema"
-                ),
-            ),
-            SqlState::READ_ONLY_SQL_TRANSACTION => Error::invalid_config(format!(
-                "{name} is read-only: {said}; give the URL of the primary, and a user without default_transaction_read_only"
+            SqlState::INSUFFICIENT_PRIVILEGE => {
+                let user = self.config.get_user();
+                let grant = table.map(|table| table.grant(Dialect::Postgres, RELAY_RIGHTS, user));
+                let grant = grant.unwrap_or_else(|| "GRANT it".to_owned());
+                let message = format!("the user of {name} may not do what a relay does: {said}; run: {grant}");
+                Error::new(ErrorKind::AuthFailed, message)
+            }
+            // Of a server that has not taken over yet, or not any more: this ends.
+            SqlState::READ_ONLY_SQL_TRANSACTION => Error::connection_failed(format!(
+                "{name} is read-only: {said}; if it stays so, give the URL of the primary, and a user without \
+                 default_transaction_read_only"
             )),
             _ => Error::connection_failed(format!("{name}: {said} ({})", code.code())),
         };
@@ -265,7 +281,10 @@ impl Postgres {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(cause)) => {
                 // A pool may move us to a server that is going down, and say so without ending our connection.
-                if cause.is_closed() || cause.code().is_some_and(|code| code.code().starts_with("57P")) {
+                // One that is read-only may not be the primary any more, and ours was meant for that.
+                let other =
+                    |code: &SqlState| code.code().starts_with("57P") || *code == SqlState::READ_ONLY_SQL_TRANSACTION;
+                if cause.is_closed() || cause.code().is_some_and(other) {
                     self.forget(&client);
                 }
                 Err(self.server.explain(cause, Some(&self.table)))

@@ -119,6 +119,21 @@ impl Counters {
     }
 }
 
+impl Health {
+    /// Why it is not healthy, in words.
+    pub fn why(&self) -> Vec<String> {
+        let mut why = Vec::new();
+        if self.workers == 0 {
+            why.push("no worker runs: it starts, waits for its database, or has ended".to_owned());
+        } else if self.last_look.is_none() {
+            why.push("no worker has looked at the outbox yet".to_owned());
+        }
+        why.extend(self.database.iter().map(|error| format!("database: {error}")));
+        why.extend(self.bus.iter().map(|error| format!("bus: {error}")));
+        why
+    }
+}
+
 impl Relay {
     /// How it is.
     pub fn health(&self) -> Health {
@@ -137,10 +152,16 @@ impl Relay {
     /// Totals of this process, and what there is to do, for Prometheus. The table is counted every few seconds at most.
     pub async fn metrics(&self) -> String {
         const FRESH: Duration = Duration::from_secs(5);
+        const PATIENCE: Duration = Duration::from_secs(2);
         let known = self.live().counters.state().sample;
         let fresh = known.is_some_and(|(at, _)| at.elapsed() < FRESH);
-        if !fresh && let Err(error) = self.stats().await {
-            log::debug!("the outbox could not be counted: {error}");
+        if !fresh {
+            // Whoever asks does not wait for a database that is away: the totals are there.
+            match tokio::time::timeout(PATIENCE, self.stats()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => log::debug!("the outbox could not be counted: {error}"),
+                Err(_) => log::debug!("the outbox was not counted within {PATIENCE:?}"),
+            }
         }
         let labels = [("table", self.0.options.table.clone())];
         let mut families = Vec::new();

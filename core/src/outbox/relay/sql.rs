@@ -150,6 +150,15 @@ impl Writer {
         sql.finish()
     }
 
+    /// What its user lacks of the rights that relaying takes, as a list or NULL, and who that is. PostgreSQL only. Rights
+    /// on columns count: whether they are enough is seen when they are used.
+    pub fn lacking(&self) -> Statement {
+        let mut sql = self.sql();
+        sql.push("SELECT string_agg(r, ', '), CAST(current_user AS TEXT) FROM unnest(ARRAY['SELECT', 'UPDATE']) AS r WHERE NOT has_any_column_privilege(CAST(CAST(");
+        sql.bind(self.table()).push(" AS TEXT) AS regclass), r)");
+        sql.finish()
+    }
+
     /// How many unfinished rows there are, counted up to `window`.
     pub fn open(&self, floor: i64, window: i64) -> Statement {
         let mut sql = self.sql();

@@ -8,10 +8,10 @@ use bytes::Bytes;
 
 use super::floor::Floor;
 use super::sql::{Wanted, Writer};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::outbox::dialect::{Dialect, Style};
 use crate::outbox::statement::{Param, Statement};
-use crate::outbox::table::Table;
+use crate::outbox::table::{RELAY_RIGHTS, Table};
 use crate::transport::Task;
 
 /// What runs the relay's statements: a connection of our own, or the application's driver.
@@ -129,9 +129,25 @@ impl Store {
         self.executor.run(statement).await
     }
 
-    /// Fails if the table is missing, of another version or not readable.
+    /// Fails if the table is missing, of another version or not readable, or if the user may not relay from it.
     pub async fn check(&self) -> Result<()> {
-        self.run(self.writer.table.outbox_check(self.writer.dialect, self.writer.style)).await.map(drop)
+        let Writer { table, dialect, style } = &self.writer;
+        self.run(table.outbox_check(*dialect, *style)).await?;
+        if *dialect != Dialect::Postgres {
+            return Ok(());
+        }
+        let answer = self.run(self.writer.lacking()).await?;
+        match answer.rows.first().map(Vec::as_slice) {
+            Some([Param::Text(lacking), Param::Text(user)]) => Err(Error::new(
+                ErrorKind::AuthFailed,
+                format!(
+                    "the database user {user} lacks {lacking} on the table {}; run: {}",
+                    table.full(),
+                    table.grant(*dialect, RELAY_RIGHTS, Some(user))
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Claims up to `batch` rows for `lease`.

@@ -58,6 +58,13 @@ impl Relay {
         let _listener = match &self.0.source {
             Source::Server { url, listen: Some(server) } => {
                 let useless = self.0.options.listen_url.is_none() && url.is_pooled();
+                if useless {
+                    log::warn!(
+                        "the relay polls: {} is a pool of connections (PgBouncer), and passes no notifications on; give \
+                         listen_url, the URL of the database itself, to relay without that delay",
+                        url.name()
+                    );
+                }
                 (!useless).then(|| Listener::new((**server).clone(), self.0.table.channel(), live.wake.clone()))
             }
             _ => None,

@@ -18,12 +18,12 @@ pub(super) async fn publish(
     room: &Room,
     batch: Vec<Outgoing>,
     deadline: Instant,
-    settings: &Settings,
+    limits: (&Settings, usize),
 ) -> Vec<Result<Receipt>> {
     let mut outcomes: Vec<Option<Result<Receipt>>> = Vec::with_capacity(batch.len());
     let mut rows = Vec::with_capacity(batch.len());
     for (index, outgoing) in batch.into_iter().enumerate() {
-        match row(index, outgoing, settings) {
+        match row(index, outgoing, limits) {
             Ok(row) => {
                 rows.push(Arc::new(vec![row]));
                 outcomes.push(None);

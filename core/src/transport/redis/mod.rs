@@ -87,6 +87,8 @@ struct Shared {
     room: Room,
     /// What a publish waits for.
     wanted: Confirm,
+    /// Bytes of an event that the server takes.
+    largest: usize,
     sources: Mutex<Vec<Weak<dyn Source>>>,
     seen: mail::Seen,
     closed: AtomicBool,
@@ -146,6 +148,7 @@ impl Shared {
             settings,
             room,
             wanted,
+            largest: probe.largest,
             sources: Mutex::default(),
             seen: mail::Seen::default(),
             closed: AtomicBool::new(false),
@@ -186,7 +189,7 @@ impl Shared {
             return Ok(Vec::new());
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        publish::publish(&self.partitions, &self.room, batch, deadline, &self.settings).await
+        publish::publish(&self.partitions, &self.room, batch, deadline, (&self.settings, self.largest)).await
     }
 
     async fn publish_each(&self, batch: Vec<Outgoing>, timeout: Duration) -> Vec<Result<Receipt>> {
@@ -194,7 +197,7 @@ impl Shared {
             return batch.iter().map(|_| Err(closed.clone())).collect();
         }
         let deadline = Instant::now() + timeout.min(FOR_EVER);
-        each::publish(&self.partitions, &self.room, batch, deadline, &self.settings).await
+        each::publish(&self.partitions, &self.room, batch, deadline, (&self.settings, self.largest)).await
     }
 
     async fn close(&self) {

@@ -25,6 +25,8 @@ pub(super) struct Probe {
     max_memory: u64,
     replicas: u64,
     has_waitaof: bool,
+    /// Bytes of an argument, and so of an event; at a larger one the server hangs up, and all that is under way fails.
+    pub largest: usize,
 }
 
 impl Probe {
@@ -39,6 +41,12 @@ impl Probe {
             Err(failure) if failure.unknown => return Err(failure),
             Err(_) => None,
         };
+        let mut ask = redis::cmd("CONFIG");
+        let largest = match &fsync {
+            Some(_) => link.run(ask.arg("GET").arg("proto-max-bulk-len"), deadline).await.ok(),
+            None => None, // it may not ask
+        };
+        let largest = largest.and_then(|answer| value::text(value::list(answer).ok()?.into_iter().nth(1)?).ok());
         let mut ask = redis::cmd("COMMAND");
         let waitaof = link.run(ask.arg("INFO").arg("WAITAOF"), deadline).await;
         let has_waitaof = match waitaof {
@@ -58,6 +66,7 @@ impl Probe {
             max_memory: fact("maxmemory").parse().unwrap_or(0),
             replicas: fact("connected_slaves").parse().unwrap_or(0),
             has_waitaof,
+            largest: largest.and_then(|bytes| bytes.parse().ok()).unwrap_or(usize::MAX),
         })
     }
 

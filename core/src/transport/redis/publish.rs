@@ -279,13 +279,13 @@ pub(super) async fn publish(
     room: &Room,
     batch: Vec<Outgoing>,
     deadline: Instant,
-    settings: &Settings,
+    limits: (&Settings, usize),
 ) -> Result<Vec<Receipt>> {
     let count = batch.len();
     let mut parts: Vec<Vec<Row>> = partitions.iter().map(|_| Vec::new()).collect();
     let mut bytes = 0;
     for (index, outgoing) in batch.into_iter().enumerate() {
-        let row = row(index, outgoing, settings)?;
+        let row = row(index, outgoing, limits)?;
         bytes += row.bytes.len();
         parts[row.partition(partitions.len())].push(row);
     }
@@ -319,14 +319,30 @@ pub(super) async fn publish(
     Err(Error::new(error.kind(), message).listing(failures))
 }
 
-pub(super) fn row(index: usize, Outgoing { event, delay, expires_in }: Outgoing, settings: &Settings) -> Result<Row> {
+/// `limits`: what the user set, and the bytes of an event that the server takes.
+pub(super) fn row(
+    index: usize,
+    Outgoing { event, delay, expires_in }: Outgoing,
+    (settings, largest): (&Settings, usize),
+) -> Result<Row> {
+    let bytes: Bytes = codec::encode(&event)?.into();
+    if bytes.len() > largest {
+        return Err(Error::new(
+            ErrorKind::PayloadTooLarge,
+            format!(
+                "the event has {} bytes, and this Redis takes {largest} (proto-max-bulk-len); raise that, or publish a \
+                 reference to the data",
+                bytes.len()
+            ),
+        ));
+    }
     Ok(Row {
         index,
         id: event.meta.id.clone(),
         event_type: event.event_type.text().clone(),
         key: event.meta.partition_key.clone(),
         once: settings.once(&event).map(|(key, window)| (key, time::millis(window).max(1))),
-        bytes: codec::encode(&event)?.into(),
+        bytes,
         delay: delay.filter(|delay| !delay.is_zero()).map(time::millis),
         expires_in: expires_in.map(time::millis),
     })

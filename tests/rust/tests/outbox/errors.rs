@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use polybus_conformance::{eventually, within};
 use polybus_core::ErrorKind;
 use polybus_core::outbox::relay::{Relay, RelayOptions};
 
-use crate::ground::{Ground, Memo, event, insert};
+use crate::ground::{Ground, Memo, event, insert, working};
 
 fn relay(url: &str) -> Relay {
     Relay::new(url, Memo::new(), RelayOptions::default()).unwrap()
@@ -35,18 +36,113 @@ async fn a_wrong_password_is_refused_and_never_shown() {
 }
 
 #[tokio::test]
-async fn a_user_that_may_only_read_is_told_what_to_grant() {
-    let ground = Ground::new();
-    insert(&ground.server.connect().await, &event(1, None)).await;
-    ground.server.sql("GRANT SELECT ON polybus_outbox TO shop");
-    let url = ground.server.url_of("shop:secret");
-    let error = relay(&url).relay_batch().await.unwrap_err();
-    assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains("GRANT"), "{error}");
-    ground.server.sql("GRANT UPDATE, DELETE ON polybus_outbox TO shop");
-    assert_eq!(relay(&url).relay_batch().await.unwrap().relayed, 1);
+async fn a_user_that_lacks_a_right_is_told_which_and_what_to_grant() {
+    let ground = Ground::bare();
+    ground.server.sql("CREATE SCHEMA app");
+    ground.make("app.outbox");
+    let add = "INSERT INTO app.outbox (event_id, type, event) VALUES ('1', 'a', 'no event')";
+    ground.server.sql(add);
+    let options = RelayOptions { table: "app.outbox".into(), ..RelayOptions::default() };
+    let new = || Relay::new(&ground.server.url_of("shop:secret"), Memo::new(), options.clone()).unwrap();
+    let whole =
+        "GRANT USAGE ON SCHEMA \"app\" TO \"shop\"; GRANT SELECT, UPDATE, DELETE ON \"app\".\"outbox\" TO \"shop\"";
+    for (given, lacking) in [
+        ("SELECT 1", "schema app"),
+        ("GRANT USAGE ON SCHEMA app TO shop", "table outbox"),
+        ("GRANT SELECT ON app.outbox TO shop", "lacks UPDATE on the table app.outbox"),
+    ] {
+        ground.server.sql(given);
+        // It ends before it has claimed anything, and instead of waiting for somebody to grant it.
+        let relay = new();
+        for error in [within(relay.run()).await.unwrap_err(), relay.check().await.unwrap_err()] {
+            assert_eq!(error.kind(), ErrorKind::AuthFailed, "{error}");
+            assert!(error.message().contains(lacking) && error.message().contains(whole), "{error}");
+            assert!(error.message().contains("shop") && !format!("{error:?}").contains("secret"), "{error:?}");
+        }
+        let error = relay.relay_batch().await.unwrap_err();
+        assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains("GRANT"), "{error}");
+    }
+    // To relay takes no more, to purge it does; and what the error says to run is right.
+    ground.server.sql("GRANT UPDATE ON app.outbox TO shop");
+    let relay = new();
+    relay.check().await.unwrap();
+    assert_eq!(relay.relay_batch().await.unwrap().dead_lettered, 1);
+    let error = relay.purge_dead(None).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains(whole), "{error}");
+    ground.server.sql(whole);
+    assert_eq!(relay.replay(None).await.unwrap(), 1);
+    assert_eq!(relay.relay_batch().await.unwrap().dead_lettered, 1);
+    assert_eq!(relay.purge_dead(None).await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_taken_away_is_waited_for() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    ground.server.sql("GRANT SELECT, UPDATE ON polybus_outbox TO shop");
+    let relay = Relay::new(&ground.server.url_of("shop:secret"), bus.clone(), RelayOptions::default()).unwrap();
+    let client = ground.server.connect().await;
+    working(std::slice::from_ref(&relay), async {
+        insert(&client, &event(1, None)).await;
+        ground.until_delivered(&client, 1).await;
+        ground.server.sql("REVOKE UPDATE ON polybus_outbox FROM shop");
+        insert(&client, &event(2, None)).await;
+        eventually("it says so", || async {
+            Ok(relay.health().why().iter().any(|why| why.contains("GRANT SELECT, UPDATE, DELETE")))
+        })
+        .await;
+        ground.server.sql("GRANT UPDATE ON polybus_outbox TO shop");
+        ground.until_delivered(&client, 2).await;
+    })
+    .await;
+}
+
+fn says_read_only(error: &polybus_core::Error) {
+    assert!(error.kind() == ErrorKind::ConnectionFailed && error.is_retryable(), "{error}");
+    assert!(error.message().contains("read-only") && error.message().contains("primary"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_only_reads_is_waited_for() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    insert(&client, &event(1, None)).await;
     let read_only = format!("{}?options=-c%20default_transaction_read_only%3Don", ground.server.url());
-    let error = relay(&read_only).relay_batch().await.unwrap_err();
-    assert!(error.kind() == ErrorKind::InvalidConfig && error.message().contains("primary"), "{error}");
+    says_read_only(&relay(&read_only).relay_batch().await.unwrap_err());
+    // A setting of the user holds for sessions that begin later.
+    ground
+        .server
+        .sql("GRANT SELECT, UPDATE ON polybus_outbox TO shop; ALTER ROLE shop SET default_transaction_read_only = on");
+    let relay = Relay::new(&ground.server.url_of("shop:secret"), bus.clone(), RelayOptions::default()).unwrap();
+    says_read_only(&relay.relay_batch().await.unwrap_err());
+    working(std::slice::from_ref(&relay), async {
+        eventually("it says so", || async { Ok(relay.health().why().iter().any(|why| why.contains("read-only"))) })
+            .await;
+        ground.server.sql("ALTER ROLE shop RESET default_transaction_read_only");
+        ground.until_delivered(&client, 1).await;
+    })
+    .await;
+    assert_eq!(bus.numbers(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_is_waited_for_until_it_takes_over() {
+    let (mut ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    insert(&client, &event(1, None)).await;
+    let standby = ground.server.standby();
+    let relay = Relay::new(&standby.url(), bus.clone(), RelayOptions::default()).unwrap();
+    says_read_only(&relay.relay_batch().await.unwrap_err());
+    working(std::slice::from_ref(&relay), async {
+        eventually("it says so", || async { Ok(relay.health().why().iter().any(|why| why.contains("read-only"))) })
+            .await;
+        ground.server.stop();
+        standby.sql("SELECT pg_promote()");
+        let client = standby.connect().await;
+        insert(&client, &event(2, None)).await;
+        ground.until_delivered(&client, 2).await;
+    })
+    .await;
+    assert_eq!(bus.numbers(), [1, 2]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,5 +7,7 @@ mod executor;
 mod ground;
 mod order;
 mod outages;
+mod pool;
 mod rows;
+mod tls;
 mod truth;

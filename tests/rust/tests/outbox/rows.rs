@@ -4,12 +4,13 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use polybus_conformance::redis_server::EndShared;
-use polybus_conformance::{World, event as any_event, listen};
+use polybus_conformance::redis_server::{EndShared, RedisServer};
+use polybus_conformance::{World, event as any_event, eventually, listen};
+use polybus_core::bus::new_event;
 use polybus_core::codec;
 use polybus_core::outbox::relay::{Relay, RelayBatch, RelayOptions, wake};
 use polybus_core::outbox::{Style, Table};
-use polybus_core::{BusOptions, Error, ErrorKind};
+use polybus_core::{Bus, BusOptions, Error, ErrorKind};
 
 use crate::ground::{Ground, Memo, event, insert, insert_numbers, insert_text, working};
 
@@ -100,6 +101,52 @@ async fn only_old_delivered_rows_are_purged() {
     assert_eq!(relay.relay_batch().await.unwrap().relayed, 3);
     assert_eq!(relay.purge(Duration::from_secs(86_400)).await.unwrap(), 4500 - 90);
     assert_eq!((ground.count("delivered"), ground.count("dead")), (93, 500));
+}
+
+/// An event has no delay of its own: whoever wants one writes it into the row, by the database's clock.
+#[tokio::test]
+async fn a_row_waits_until_it_is_visible_and_holds_its_key() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    let events = insert_numbers(&client, 4, 2).await; // of the keys 0, 1, 0, 1
+    let later = "UPDATE polybus_outbox SET visible_at = now() + interval '1 hour' WHERE event_id = $1";
+    client.execute(later, &[&&*events[0].meta.id]).await.unwrap();
+    let relay = ground.relay(&bus);
+    assert_eq!(relay.relay_batch().await.unwrap().relayed, 2);
+    assert_eq!((bus.numbers(), relay.stats().await.unwrap().pending), (vec![1, 3], 2));
+    client.execute("UPDATE polybus_outbox SET visible_at = now()", &[]).await.unwrap();
+    assert_eq!(relay.relay_batch().await.unwrap().relayed, 2);
+    assert_eq!(bus.numbers(), [1, 3, 0, 2]);
+}
+
+/// A Redis that takes smaller arguments than the bus takes events answers with an error and hangs up. Nobody who comes
+/// later waits for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_for_the_transport_dies_and_blocks_nobody() {
+    let (ground, redis) = (Ground::new(), RedisServer::start());
+    redis.cli(&["CONFIG", "SET", "proto-max-bulk-len", "1048576"]);
+    let bus = Bus::new(&redis.url(), BusOptions { max_payload_bytes: 8 << 20, ..BusOptions::new("test") }).unwrap();
+    let (_subscription, mut seen) = listen(&bus, "**", "all").await;
+    let client = ground.server.connect().await;
+    insert(&client, &event(1, Some("a"))).await;
+    let large = format!("\"{}\"", "x".repeat(2 << 20));
+    let large = new_event("order.placed", large.into_bytes().into(), None, 8 << 20).unwrap();
+    insert(&client, &large).await;
+    insert(&client, &event(2, Some("b"))).await;
+    insert(&client, &event(3, None)).await;
+    let relay = Relay::new(&ground.server.url(), Arc::new(bus.clone()), RelayOptions::default()).unwrap();
+    working(std::slice::from_ref(&relay), async {
+        ground.until_delivered(&client, 3).await;
+        eventually("the large one is dead", || async { Ok(ground.count("dead") == 1) }).await;
+    })
+    .await;
+    let numbers: HashSet<_> = seen.take(3).await.iter().map(|job| job.event.payload.clone()).collect();
+    assert_eq!(numbers, ["1", "2", "3"].map(|number| number.as_bytes().to_vec().into()).into());
+    let [dead] = &relay.dead_letters(0, 10).await.unwrap()[..] else { panic!() };
+    assert_eq!(dead.event_id, *large.meta.id);
+    assert!(dead.last_error.starts_with("payload_too_large: "), "{}", dead.last_error);
+    assert!(dead.last_error.contains("proto-max-bulk-len"), "{}", dead.last_error);
+    bus.close(polybus_conformance::DEADLINE).await;
 }
 
 #[tokio::test]
