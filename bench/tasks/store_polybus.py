@@ -1,4 +1,4 @@
-"""Transactions of one business row and one event: the event through `outbox.store` and with an INSERT by hand, in turn."""
+"""Transactions of one business row and one event: through `outbox.store` and with an INSERT by hand, in turn."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from common import ask, payload, say
+
 from polybus import Event
 from polybus.outbox import Outbox
 
