@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from database_server import PostgresServer
 from outbox_drivers import DRIVERS, Driver, Play, Postgres, Sqlite, database
 from polybus import Event, InvalidConfig
-from polybus.outbox import Outbox
+from polybus.outbox import Outbox, inbox
 
 ALCHEMY_SESSIONS = {"Alchemy", "AlchemyScoped", "AlchemyAsync"}
 
@@ -49,7 +49,7 @@ class Listener:
         """How many notifications were committed up to now, since the last call."""
         # They come in the order of their commits, so what comes before this one is all there is.
         self._db.query("SELECT pg_notify('polybus_outbox', 'end')")
-        for count, said in enumerate(self.connection.notifies(timeout=30)):
+        for count, said in enumerate(self.connection.notifies(timeout=60)):
             if said.payload == "end":
                 return count
         raise AssertionError("nothing was heard")
@@ -194,6 +194,10 @@ def test_store_in_a_pipeline(db: Postgres) -> None:
             assert outbox.store(event, connection) is True
             assert outbox.store(event, connection) is False
             assert outbox.store([event, placed()], connection) == [False, True]
+            with inbox.once(connection, event, consumer="billing") as first:
+                assert first
+            with inbox.once(connection, event, consumer="billing") as first:
+                assert not first
         connection.commit()
     assert len(db.events()) == 2
 
@@ -205,5 +209,12 @@ async def test_store_in_an_async_pipeline(db: Postgres) -> None:
         async with connection.pipeline():
             assert await outbox.store_async(event, connection) is True
             assert await outbox.store_async(event, connection) is False
+            async with inbox.once(connection, event, consumer="billing") as first:
+                assert first
+            with pytest.raises(ZeroDivisionError):
+                async with inbox.once(connection, event, consumer="mail") as first:
+                    raise ZeroDivisionError  # takes the mark back
+            async with inbox.once(connection, event, consumer="mail") as first:
+                assert first
         await connection.commit()
     assert len(db.events()) == 1
