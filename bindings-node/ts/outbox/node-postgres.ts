@@ -19,8 +19,9 @@ class NodePostgres implements Driver {
     return this.#client.getTransactionStatus?.() === 'T' || asksPostgres((sql) => this.#client.query(sql))
   }
 
-  isOpen(): boolean {
-    return /^[TE]$/.test(this.#client.getTransactionStatus?.() ?? '')
+  isOpen(): boolean | undefined {
+    const status = this.#client.getTransactionStatus?.()
+    return status ? status !== 'I' : undefined
   }
 
   async run(text: string, values: Statement['params']): Promise<unknown[]> {

@@ -22,8 +22,8 @@ export interface Driver {
   readonly blocks?: boolean
   /** Whether what runs next belongs to a transaction that the user ends. */
   inTransaction(): boolean | Promise<boolean>
-  /** Whether the driver knows of a transaction, where {@link Driver.inTransaction} asks the server. */
-  isOpen?(): boolean
+  /** Whether one is open, where {@link Driver.inTransaction} might ask the server; `undefined` if only that can tell. */
+  isOpen?(): boolean | undefined
   /** Runs it in that transaction. Resolves to its rows if it has any, in the shape that the driver gives them. */
   run(sql: string, params: Statement['params'], returnsRows: boolean): unknown[] | Promise<unknown[]>
   /**

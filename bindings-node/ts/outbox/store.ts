@@ -116,7 +116,7 @@ export class Outbox {
     if (now - this.#notified < GAP) return
     this.#notified = now
     const { sql, params }: Statement = JSON.parse(call(() => this.#native.wake(driver.style)))
-    await driver.run(sql, params, true)
+    await driver.run(sql, params, false) // Prisma cannot read what it returns
   }
 
   /**
