@@ -117,12 +117,12 @@ def server_cpu(pids: list[int]) -> float:
 
 
 class Slice:
-    """One run of `ask.seconds`: transactions per second, and microseconds of CPU per transaction here and there."""
+    """One run: transactions per second, and microseconds of CPU per transaction here and there."""
 
-    def __init__(self, pids: list[int]) -> None:
+    def __init__(self, pids: list[int], seconds: float) -> None:
         self.pids, self.count = pids, 0
         self.server, self.client, self.started = server_cpu(pids), time.process_time(), time.perf_counter()
-        self.until = self.started + ask.seconds
+        self.until = self.started + seconds
 
     def facts(self) -> dict[str, float]:
         spent, client = time.perf_counter() - self.started, time.process_time() - self.client
@@ -146,7 +146,7 @@ async def awaited(connect: Callable[[], Awaitable[tuple[Ask, Ask, int, Ask]]]) -
 
     for number in range(ask.rounds + 1):
         for turn in TURNS:
-            slice_ = Slice(pids)
+            slice_ = Slice(pids, ask.seconds if number else 1)
             await asyncio.gather(*[work(each[turn], slice_) for each in opened])
             if number:  # the first round pays for caches
                 say(how=turn, **slice_.facts())
@@ -167,7 +167,7 @@ def threaded() -> None:
 
     for number in range(ask.rounds + 1):
         for turn in TURNS:
-            slice_, counts = Slice(pids), []  # type: ignore[var-annotated]
+            slice_, counts = Slice(pids, ask.seconds if number else 1), []  # type: ignore[var-annotated]
             threads = [threading.Thread(target=work, args=(each[turn], slice_, counts)) for each in opened]
             for thread in threads:
                 thread.start()

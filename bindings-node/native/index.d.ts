@@ -142,6 +142,12 @@ export declare class NativeOutbox {
    * means that of each event.
    */
   insert(dialect: string, style: string, wires: Array<string>, dedupeKey: string): string
+  /** The text that stores one `row`, and returns nothing; empty for MySQL. */
+  one(dialect: string, style: string): string
+  /** What the text of `one` stores: the event with this wire form. */
+  row(wire: string, dedupeKey: string): Array<string | undefined | null>
+  /** What tells relays that listen that rows were committed. PostgreSQL only. */
+  wake(style: string): string
   /** Statements that make the table. */
   ddl(dialect: string): Array<string>
   /** What fails if and only if the table cannot be used, `{sql, params}`. */

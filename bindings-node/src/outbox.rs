@@ -10,7 +10,7 @@ use polybus_core::codec;
 use polybus_core::error::Result;
 use polybus_core::options::Naming;
 use polybus_core::outbox::table::{INBOX_RIGHTS, OUTBOX_RIGHTS, RELAY_RIGHTS};
-use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Outbox, Param, Statement, Style};
+use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Outbox, Param, Statement, Style, relay};
 use serde_json::{Value, json};
 
 use crate::error::{text, throw};
@@ -77,6 +77,33 @@ impl NativeOutbox {
             Ok(Value::from_iter(insert).to_string())
         };
         render().map_err(throw)
+    }
+
+    /// The text that stores one `row`, and returns nothing; empty for MySQL.
+    #[napi]
+    pub fn one(&self, dialect: String, style: String) -> napi::Result<String> {
+        let (dialect, style) = spoken(&dialect, &style).map_err(throw)?;
+        Ok(self.0.one(dialect, style).unwrap_or_default())
+    }
+
+    /// What the text of `one` stores: the event with this wire form.
+    #[napi]
+    pub fn row(&self, wire: String, dedupe_key: String) -> napi::Result<Vec<Option<String>>> {
+        let row = || {
+            let mut entry = Entry::from(codec::decode(&Bytes::from(wire), usize::MAX)?);
+            if !dedupe_key.is_empty() {
+                entry.dedupe_key = Some((&*dedupe_key).into());
+            }
+            Ok(self.0.row(entry)?.values().map(|value| value.map(str::to_owned)).into())
+        };
+        row().map_err(throw)
+    }
+
+    /// What tells relays that listen that rows were committed. PostgreSQL only.
+    #[napi]
+    pub fn wake(&self, style: String) -> napi::Result<String> {
+        let style = Style::parse(&style).map_err(throw)?;
+        Ok(sql(&relay::wake(self.0.table(), style)).to_string())
     }
 
     /// Statements that make the table.

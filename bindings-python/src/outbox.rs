@@ -73,6 +73,26 @@ impl PyOutbox {
         Ok(inserts.into_iter().map(|insert| PyInsert { insert, style }).collect())
     }
 
+    /// The text that stores one `row`, and returns nothing; none for MySQL.
+    fn one(&self, py: Python<'_>, dialect: &str, style: &str) -> PyResult<Option<String>> {
+        let (dialect, style) = spoken(py, Some(dialect), style)?;
+        Ok(self.0.one(dialect, style))
+    }
+
+    /// What the text of `one` stores.
+    fn row<'py>(
+        &self,
+        py: Python<'py>,
+        event: PyRef<'_, PyEvent>,
+        dedupe_key: Option<&str>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let mut entry = Entry::from(Event::clone(&event.event));
+        if let Some(key) = dedupe_key {
+            entry.dedupe_key = Some(key.into());
+        }
+        PyTuple::new(py, self.0.row(entry).map_err(raise(py))?.values())
+    }
+
     fn ddl(&self, py: Python<'_>, dialect: &str) -> PyResult<Vec<String>> {
         Ok(self.0.table().outbox_ddl(Dialect::parse(dialect).map_err(raise(py))?))
     }

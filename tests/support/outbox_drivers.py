@@ -160,6 +160,9 @@ class Driver:
                 effect()
             return first
 
+    def notify(self) -> None:
+        self.outbox.notify(self.session)
+
     def purge(self, **options: Any) -> int:
         return self.inbox.purge(self.session, **options)
 
@@ -195,6 +198,9 @@ class AsyncDriver(Driver):
             if first and effect:
                 effect()
             return first
+
+    async def notify(self) -> None:
+        await self.outbox.notify_async(self.session)
 
     async def purge(self, **options: Any) -> int:
         return await self.inbox.purge_async(self.session, **options)

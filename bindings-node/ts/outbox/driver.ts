@@ -27,28 +27,51 @@ export type SyncTransaction =
 
 // From the more telling shape to the plainer one: some wrap others and look like them.
 const FAMILIES: readonly Adapt[] = [prisma, drizzle, kysely, knex, typeorm, postgresJs, nodePostgres, sqlite, mysql2]
+const FUNCTIONS: readonly Adapt[] = [knex, postgresJs]
 
 const ACCEPTED =
   'a client of node-postgres or postgres.js, a transaction of Prisma, Drizzle, Knex, Kysely or TypeORM, a database of ' +
   'better-sqlite3 or node:sqlite, or a connection of mysql2; never a pool, where each statement is on its own; for any ' +
   'other driver run what outbox.statement(event, { style }) returns'
 
+/** Which family the objects of a class are of, from its prototype. */
+const KNOWN = new WeakMap<object, Adapt>()
+
 /** The driver of what the user handed in. */
 export function find(tx: unknown, call: string, dialect: Dialect | undefined): Driver & { dialect: Dialect } {
   if ((typeof tx === 'object' || typeof tx === 'function') && tx !== null) {
-    for (const family of FAMILIES) {
-      const driver = family(tx as Shape)
-      if (driver === undefined) continue
-      const spoken = dialect ?? driver.dialect
-      if (spoken !== undefined) return Object.assign(driver, { dialect: spoken })
-      throw new InvalidConfig(
-        `${call} cannot tell which database this transaction is of, or does not know it; give { dialect: 'postgres' }, ` +
-          "'sqlite' or 'mysql' if it is one of these",
-      )
-    }
+    const prototype = Object.getPrototypeOf(tx)
+    const driver = (prototype && KNOWN.get(prototype)?.(tx as Shape)) ?? search(tx as Shape, prototype)
+    if (driver !== undefined) return speaking(driver, call, dialect)
   }
   const kind = tx === null || tx === undefined ? String(tx) : ((tx as Shape).constructor?.name ?? typeof tx)
   throw new InvalidConfig(`${call} got ${kind}, which is no open connection that it knows; give ${ACCEPTED}`)
+}
+
+function search(tx: Shape, prototype: object | null): Driver | undefined {
+  for (const family of typeof tx === 'function' ? FUNCTIONS : FAMILIES) {
+    const driver = family(tx)
+    if (driver === undefined) continue
+    // Plain objects and functions have one prototype and are of any family.
+    if (prototype !== null && prototype !== Object.prototype && prototype !== Function.prototype) {
+      KNOWN.set(prototype, family)
+    }
+    return driver
+  }
+  return undefined
+}
+
+function speaking(driver: Driver, call: string, dialect: Dialect | undefined): Driver & { dialect: Dialect } {
+  const spoken = dialect ?? driver.dialect
+  if (spoken === undefined) {
+    throw new InvalidConfig(
+      `${call} cannot tell which database this transaction is of, or does not know it; give { dialect: 'postgres' }, ` +
+        "'sqlite' or 'mysql' if it is one of these",
+    )
+  }
+  return spoken === driver.dialect
+    ? (driver as Driver & { dialect: Dialect })
+    : Object.assign(driver, { dialect: spoken })
 }
 
 /** What is to be run: yields a statement, and is sent the first column of its rows. */
@@ -109,6 +132,25 @@ async function driveLater<T>(
     }
   }
   return step.value
+}
+
+/** Runs one statement in the transaction that is open, through a driver that counts; resolves to how many rows it changed. */
+export async function change(
+  driver: Driver & { dialect: Dialect },
+  sql: string,
+  params: Statement['params'],
+  table: Table,
+  how: Drive,
+): Promise<number | undefined> {
+  if (!how.allowAutocommit) {
+    const open = driver.inTransaction()
+    if (open !== true && !(await open)) throw alone(how.what)
+  }
+  try {
+    return await driver.change?.(sql, params)
+  } catch (error) {
+    throw lacksTable(error) ? missing(table, driver.dialect, error) : error
+  }
 }
 
 function alone(what: string): InvalidConfig {

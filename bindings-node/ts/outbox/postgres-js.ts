@@ -16,6 +16,9 @@ export const postgresJs: Adapt = (sql) => {
       // A reserved connection, where the user may have begun one; the pool has none.
       return has(sql, 'release') && asksPostgres((text) => sql.unsafe(text))
     },
+    isOpen: () => has(sql, 'savepoint') || (has(sql, 'release') ? undefined : false),
     run: async (text, params) => [...(await sql.unsafe(text, params))],
+    // Prepared as its own queries are, unless it is told not to: otherwise it asks the server for the types each time.
+    change: async (text, params) => (await sql.unsafe(text, params, { prepare: true })).count,
   }
 }

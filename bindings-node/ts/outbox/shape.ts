@@ -22,8 +22,15 @@ export interface Driver {
   readonly blocks?: boolean
   /** Whether what runs next belongs to a transaction that the user ends. */
   inTransaction(): boolean | Promise<boolean>
+  /** Whether one is open, where {@link Driver.inTransaction} might ask the server; `undefined` if only that can tell. */
+  isOpen?(): boolean | undefined
   /** Runs it in that transaction. Resolves to its rows if it has any, in the shape that the driver gives them. */
   run(sql: string, params: Statement['params'], returnsRows: boolean): unknown[] | Promise<unknown[]>
+  /**
+   * Runs a statement without rows in that transaction, and resolves to how many it changed: where a driver has it, that
+   * spares one event the rows that {@link Driver.run} asks for. The text is always the same.
+   */
+  change?(sql: string, params: Statement['params']): Promise<number>
 }
 
 /** Makes a driver of an object of its family, and nothing of any other. */

@@ -6,7 +6,7 @@
 import { call, InvalidConfig, InvalidEvent } from '../errors.js'
 import { Event, wireOf } from '../event.js'
 import { native } from '../native.js'
-import { drive, find, type Steps, type SyncTransaction } from './driver.js'
+import { change, drive, find, type Steps, type SyncTransaction } from './driver.js'
 import type { Dialect, Statement } from './shape.js'
 
 /** How a driver writes placeholders: `$1`, `?` or `%s`. */
@@ -42,6 +42,9 @@ export interface StatementOptions {
   dedupeKey?: string | undefined
 }
 
+/** A relay that was woken reads the table until it is empty: more than this is work for nothing. Milliseconds. */
+const GAP = 10
+
 interface Insert {
   statement: Statement
   confirm: Statement | null
@@ -53,6 +56,9 @@ interface Insert {
  */
 export class Outbox {
   readonly #native: InstanceType<typeof native.NativeOutbox>
+  /** What stores one event through a driver that counts, by dialect: kept, so that only its values are asked for. */
+  readonly #texts = new Map<Dialect, string>()
+  #notified = -GAP
 
   /** @throws InvalidConfig for a name, an option or a value that is not valid. */
   constructor(options: OutboxOptions = {}) {
@@ -81,11 +87,36 @@ export class Outbox {
     { dedupeKey, allowAutocommit, dialect }: StoreOptions = {},
   ): boolean | boolean[] | Promise<boolean | boolean[]> {
     const driver = find(tx, 'store()', dialect)
+    if (driver.change !== undefined && driver.dialect !== 'mysql' && !Array.isArray(event)) {
+      return this.#storeOne(event as Event, driver, dedupeKey, allowAutocommit)
+    }
     const render = () => stores(this.#inserts(driver.dialect, driver.style, event, dedupeKey), Array.isArray(event))
     const how = { what: 'the event', allowAutocommit }
     if (driver.blocks) return drive(driver, render(), this.#native, how)
     // What is wrong with the event rejects, as everything else that is wrong.
     return (async () => drive(driver, render(), this.#native, how))()
+  }
+
+  /**
+   * Tells relays that listen, on whatever machine, that there is something to do. Call it after the commit: then they
+   * need not wait for their next look. PostgreSQL only; on other databases it does nothing, because relays cannot listen.
+   *
+   * At most a hundred times a second: in between it sends nothing, as a relay that was woken looks again soon. For a relay
+   * in the same process call its {@link Relay.wake}.
+   *
+   * @param connection What {@link Outbox.store} takes, but with no transaction open: the client after its `COMMIT`, or the
+   * `sql` of postgres.js, the client of Prisma, the database of Drizzle, Kysely, TypeORM or Knex.
+   * @throws InvalidConfig in an open transaction: all that commit a NOTIFY wait for each other.
+   */
+  async notify(connection: object, { dialect }: { dialect?: Dialect | undefined } = {}): Promise<void> {
+    const driver = find(connection, 'notify()', dialect)
+    if (driver.dialect !== 'postgres') return
+    if (driver.isOpen?.() ?? (await driver.inTransaction())) throw inside()
+    const now = performance.now()
+    if (now - this.#notified < GAP) return
+    this.#notified = now
+    const { sql, params }: Statement = JSON.parse(call(() => this.#native.wake(driver.style)))
+    await driver.run(sql, params, false) // Prisma cannot read what it returns
   }
 
   /**
@@ -111,18 +142,42 @@ export class Outbox {
     return call(() => this.#native.ddl(String(dialect)))
   }
 
+  async #storeOne(
+    event: Event,
+    driver: ReturnType<typeof find>,
+    dedupeKey: string | undefined,
+    allowAutocommit: boolean | undefined,
+  ): Promise<boolean> {
+    const wire = wireOf(isEvent(event))
+    const row = call(() => this.#native.row(wire, dedupeKey ?? '')) as Statement['params']
+    let text = this.#texts.get(driver.dialect)
+    if (text === undefined) {
+      text = call(() => this.#native.one(driver.dialect, driver.style))
+      this.#texts.set(driver.dialect, text)
+    }
+    return (await change(driver, text, row, this.#native, { what: 'the event', allowAutocommit })) === 1
+  }
+
   #inserts(dialect: string, style: string, event: Event | readonly Event[], dedupeKey: string | undefined): Insert[] {
     const events = Array.isArray(event) ? (event as readonly Event[]) : [event as Event]
-    for (const given of events) {
-      if (!Event.isEvent(given)) {
-        throw new InvalidEvent(`the outbox stores events, not ${typeof given}: make one with Event.create(…)`)
-      }
-    }
+    for (const given of events) isEvent(given)
     if (dedupeKey !== undefined && Array.isArray(event)) {
       throw new InvalidConfig('dedupeKey belongs to one event; give each of many an idempotencyKey')
     }
     return JSON.parse(call(() => this.#native.insert(dialect, style, events.map(wireOf), dedupeKey ?? '')))
   }
+}
+
+function inside(): InvalidConfig {
+  return new InvalidConfig(
+    'notify() got an open transaction: committing writers that notify wait for each other, and a relay that is woken now ' +
+      'finds nothing yet; call it after the commit',
+  )
+}
+
+function isEvent(given: unknown): Event {
+  if (Event.isEvent(given)) return given
+  throw new InvalidEvent(`the outbox stores events, not ${typeof given}: make one with Event.create(…)`)
 }
 
 function* stores(inserts: Insert[], many: boolean): Steps<boolean | boolean[]> {

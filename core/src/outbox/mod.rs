@@ -21,5 +21,5 @@ pub mod table;
 pub use dialect::{Dialect, Style};
 pub use inbox::{Change, Inbox};
 pub use statement::{Param, Sql, Statement};
-pub use store::{Entry, Insert, Outbox, OutboxOptions};
+pub use store::{Entry, Insert, Outbox, OutboxOptions, Row};
 pub use table::Table;

@@ -119,7 +119,20 @@ impl Outbox {
         Ok(inserts)
     }
 
-    fn row(&self, entry: Entry) -> Result<Row> {
+    /// The text that stores one [`Row`] and returns nothing: whether it changed a row says whether the event was stored.
+    /// For hosts that keep the text, and ask for no more than the values of each event. None for MySQL, where the number
+    /// of changed rows says nothing.
+    pub fn one(&self, dialect: Dialect, style: Style) -> Option<String> {
+        if dialect == Dialect::MySql {
+            return None;
+        }
+        let mut sql = self.begin(dialect, style, false);
+        sql.push("(").bind_all(ROW).push(") ON CONFLICT DO NOTHING");
+        Some(sql.finish().sql)
+    }
+
+    /// What [`Outbox::one`] stores. Errors as those of [`Outbox::insert`].
+    pub fn row(&self, entry: Entry) -> Result<Row> {
         let Entry { mut event, dedupe_key } = entry;
         if event.payload.len() > self.limit {
             codec::check_payload(&event.payload, self.limit)?;
@@ -146,18 +159,22 @@ impl Outbox {
         Ok(Row { meta: event, event: wire, dedupe_key })
     }
 
-    fn render(&self, dialect: Dialect, style: Style, rows: &[Row]) -> Insert {
-        // Where the statement cannot return what it stored, it leaves a mark in a column that only a claimed row uses.
-        let token = (dialect == Dialect::MySql).then(|| uuid::Uuid::now_v7().simple().to_string());
+    /// An insert as far as its values.
+    fn begin(&self, dialect: Dialect, style: Style, marked: bool) -> Sql {
         let mut sql = Sql::new(dialect, style);
         sql.push("INSERT INTO ").push(&self.table.quoted(dialect));
         sql.push(" (event_id, type, event, partition_key, dedupe_key");
-        sql.push(if token.is_some() { ", lease_token) VALUES " } else { ") VALUES " });
+        sql.push(if marked { ", lease_token) VALUES " } else { ") VALUES " });
+        sql
+    }
+
+    fn render(&self, dialect: Dialect, style: Style, rows: &[Row]) -> Insert {
+        // Where the statement cannot return what it stored, it leaves a mark in a column that only a claimed row uses.
+        let token = (dialect == Dialect::MySql).then(|| uuid::Uuid::now_v7().simple().to_string());
+        let mut sql = self.begin(dialect, style, token.is_some());
         for (index, row) in rows.iter().enumerate() {
             sql.push(if index == 0 { "(" } else { ", (" });
-            sql.bind(&*row.meta.meta.id).push(", ").bind(row.meta.event_type.as_str()).push(", ");
-            sql.bind(&*row.event).push(", ").bind(row.meta.meta.lane().map(|key| &**key)).push(", ");
-            sql.bind(row.dedupe_key.as_deref());
+            sql.bind_all(row.values());
             if let Some(token) = &token {
                 sql.push(", ").bind(&**token);
             }
@@ -179,10 +196,24 @@ impl Outbox {
     }
 }
 
-struct Row {
+/// An event as a row.
+#[derive(Debug)]
+pub struct Row {
     meta: Event,
     event: String,
     dedupe_key: Option<Text>,
+}
+
+/// So many values has a [`Row`].
+const ROW: [Option<&str>; 5] = [None; 5];
+
+impl Row {
+    /// Values of the placeholders of [`Outbox::one`]: event_id, type, event, partition_key, dedupe_key.
+    pub fn values(&self) -> [Option<&str>; 5] {
+        let lane = self.meta.meta.lane().map(|key| &**key);
+        let event_type = self.meta.event_type.as_str();
+        [Some(&self.meta.meta.id), Some(event_type), Some(&self.event), lane, self.dedupe_key.as_deref()]
+    }
 }
 
 /// Text that every dialect can index. Longer text would be refused by one database and cut by another.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from collections import defaultdict
 
-GAP = 0.01
-"""A relay that was woken reads the table until it is empty: more than this is work for nothing. Seconds."""
+from polybus.outbox._gap import Gap
 
-_last: dict[str, float] = {}
+_gaps: dict[str, Gap] = defaultdict(Gap)
 
 
 def poke(using: str) -> None:
@@ -17,9 +16,6 @@ def poke(using: str) -> None:
     from polybus.django import outbox
 
     connection = connections[using]
-    now = time.monotonic()
-    if connection.vendor != "postgresql" or now - _last.get(using, 0.0) < GAP:
-        return
-    _last[using] = now
-    with connection.cursor() as cursor:
-        cursor.execute(*outbox._native.wake("%s"))
+    if connection.vendor == "postgresql" and _gaps[using].over():
+        with connection.cursor() as cursor:
+            cursor.execute(*outbox._native.wake("%s"))

@@ -17,6 +17,7 @@ class Django:
     def __init__(self, connection: Any, dialect: str) -> None:
         self.connection = connection
         self.dialect = dialect
+        self.counts = dialect == "postgres"
 
     def in_transaction(self) -> bool:
         return bool(self.connection.in_atomic_block or not self.connection.get_autocommit())
@@ -25,6 +26,18 @@ class Django:
         with self.connection.cursor() as cursor:
             cursor.execute(sql, params)
             return [row[0] for row in cursor.fetchall()] if cursor.description else []
+
+    def change(self, sql: str, params: Any) -> int:
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, params)
+            return int(cursor.rowcount)
+
+    def is_open(self) -> bool:
+        return bool(self.connection.in_atomic_block)
+
+    def commit(self) -> None:
+        if not self.connection.get_autocommit():
+            self.connection.commit()
 
 
 def adapt(session: Any) -> Django | None:

@@ -10,6 +10,7 @@ class Psycopg2:
 
     dialect = "postgres"
     style = "%s"
+    counts = True
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -24,6 +25,20 @@ class Psycopg2:
         with self.connection.cursor(cursor_factory=plain) as cursor:
             cursor.execute(sql, params)
             return [row[0] for row in cursor.fetchall()] if cursor.description else []
+
+    def change(self, sql: str, params: Any) -> int:
+        from psycopg2.extensions import cursor as plain
+
+        with self.connection.cursor(cursor_factory=plain) as cursor:
+            cursor.execute(sql, params)
+            return int(cursor.rowcount)
+
+    def is_open(self) -> bool:
+        return bool(self.connection.info.transaction_status != 0)
+
+    def commit(self) -> None:
+        if not self.connection.autocommit:
+            self.connection.commit()
 
 
 def adapt(session: Any) -> Psycopg2 | None:

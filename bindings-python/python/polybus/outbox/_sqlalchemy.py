@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+from sqlalchemy import TextClause, text  # whoever hands in a session has imported it
+
 from polybus.errors import InvalidConfig
+from polybus.outbox._commits import wake_after
+from polybus.outbox._gap import Gap
 
 DIALECTS = {"postgresql": "postgres", "sqlite": "sqlite", "mysql": "mysql", "mariadb": "mysql"}
 
@@ -23,10 +28,18 @@ class Alchemy:
         return not _autocommit(self.session.connection() if _is_session(self.session) else self.session)
 
     def run(self, sql: str, params: Any) -> list[Any]:
-        from sqlalchemy import text
-
-        result = self.session.execute(text(sql), params)
+        result = self.session.execute(_text(sql), params)
         return list(result.scalars().all()) if result.returns_rows else []
+
+    def after_commit(self, gap: Gap, statement: tuple[str, Any]) -> None:
+        if _is_session(self.session):
+            wake_after(self.session, gap, statement)
+
+    def is_open(self) -> bool:
+        return bool(self.session.in_transaction())
+
+    def commit(self) -> None:
+        self.session.commit()
 
 
 class AsyncAlchemy:
@@ -44,10 +57,28 @@ class AsyncAlchemy:
         return not _autocommit(connection.sync_connection)
 
     async def run(self, sql: str, params: Any) -> list[Any]:
-        from sqlalchemy import text
-
-        result = await self.session.execute(text(sql), params)
+        result = await self.session.execute(_text(sql), params)
         return list(result.scalars().all()) if result.returns_rows else []
+
+    def after_commit(self, gap: Gap, statement: tuple[str, Any]) -> None:
+        if _is_session(self.session):
+            wake_after(self.session.sync_session, gap, statement)
+
+    def is_open(self) -> bool:
+        return bool(self.session.in_transaction())
+
+    async def commit(self) -> None:
+        await self.session.commit()
+
+
+@lru_cache(maxsize=64)
+def _known(sql: str) -> TextClause:
+    return text(sql)
+
+
+def _text(sql: str) -> TextClause:
+    # To look for its placeholders takes as long as all else that is done for one event. Of many: who knows how many.
+    return _known(sql) if len(sql) < 1000 else text(sql)
 
 
 def _is_session(session: Any) -> bool:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, cast, overload
 
 from polybus._native import Event, NativeInsert, NativeOutbox
 from polybus.errors import InvalidConfig
 from polybus.outbox import _collect
-from polybus.outbox._driver import Statement, Steps, async_driver, drive, drive_async, sync_driver
+from polybus.outbox._driver import (
+    AsyncCounting,
+    AsyncDriver,
+    AsyncNotifying,
+    Counting,
+    Driver,
+    Notifying,
+    Statement,
+    Steps,
+    async_driver,
+    before_notify,
+    change,
+    change_async,
+    counts,
+    drive,
+    drive_async,
+    sync_driver,
+)
+from polybus.outbox._gap import Gap
 
 __all__ = ["Dialect", "Outbox", "Statement", "Style"]
 
@@ -36,6 +54,8 @@ class Outbox:
         **unknown: Any,
     ) -> None:
         self._native = NativeOutbox(table=table, service=service, max_payload_bytes=max_payload_bytes, **unknown)
+        self._texts: dict[tuple[str, str], str] = {}
+        self._gap = Gap()
 
     @overload
     def store(
@@ -65,8 +85,22 @@ class Outbox:
         database refuses is the driver's own error.
         """
         driver = sync_driver(session, "store()")
+        if isinstance(event, Event) and (text := self._text(driver)):
+            row = self._native.row(event, dedupe_key)
+            return (
+                change(
+                    cast("Counting", driver),
+                    text,
+                    row,
+                    self._native,
+                    what="the event",
+                    allow_autocommit=allow_autocommit,
+                )
+                == 1
+            )
         inserts = self._inserts(driver.dialect, driver.style, event, dedupe_key)
         stored = drive(driver, _steps(inserts), self._native, what="the event", allow_autocommit=allow_autocommit)
+        self._wake_after(driver)
         return stored[0] if isinstance(event, Event) else stored
 
     @overload
@@ -87,9 +121,19 @@ class Outbox:
     ) -> bool | list[bool]:
         """As `store`, on SQLAlchemy's `AsyncSession` or `AsyncConnection`, or one of asyncpg, psycopg or aiosqlite."""
         driver = async_driver(session, "store_async()")
+        if isinstance(event, Event) and (text := self._text(driver)):
+            row = self._native.row(event, dedupe_key)
+            allow = allow_autocommit
+            return (
+                await change_async(
+                    cast("AsyncCounting", driver), text, row, self._native, what="the event", allow_autocommit=allow
+                )
+                == 1
+            )
         inserts = self._inserts(driver.dialect, driver.style, event, dedupe_key)
         steps = _steps(inserts)
         stored = await drive_async(driver, steps, self._native, what="the event", allow_autocommit=allow_autocommit)
+        self._wake_after(driver)
         return stored[0] if isinstance(event, Event) else stored
 
     def add(self, event: Event[Any] | Iterable[Event[Any]], session: Any) -> None:
@@ -100,6 +144,34 @@ class Outbox:
         `store` raises comes from the commit, `TypeError` for what is no event at once.
         """
         _collect.add(self, _events(event), session)
+
+    def notify(self, session: Any) -> None:
+        """Tell relays that listen, on whatever machine, that there is something to do. Call it after the commit.
+
+        Then they need not wait for their next look. PostgreSQL only: elsewhere it does nothing, because relays cannot
+        listen. At most a hundred times a second: in between it sends nothing, as a relay that was woken looks again
+        soon. A SQLAlchemy session that stored an event does it by itself. For a relay in this process call its `wake`.
+
+        `session` is what `store` takes. `InvalidConfig` in an open transaction: all that commit a NOTIFY wait for each
+        other. Where a driver begins a transaction by itself, this one is committed.
+        """
+        driver = cast("Notifying", sync_driver(session, "notify()"))
+        if driver.dialect != "postgres":
+            return
+        before_notify(driver)
+        if self._gap.over():
+            driver.run(*self._native.wake(driver.style))
+            driver.commit()
+
+    async def notify_async(self, session: Any) -> None:
+        """As `notify`, on what `store_async` takes."""
+        driver = cast("AsyncNotifying", async_driver(session, "notify_async()"))
+        if driver.dialect != "postgres":
+            return
+        before_notify(driver)
+        if self._gap.over():
+            await driver.run(*self._native.wake(driver.style))
+            await driver.commit()
 
     def statement(
         self,
@@ -127,6 +199,21 @@ class Outbox:
     def ddl(self, dialect: Dialect) -> list[str]:
         """Statements that make the table and its indexes where they are missing, to be run in order."""
         return self._native.ddl(dialect)
+
+    def _wake_after(self, driver: Driver | AsyncDriver) -> None:
+        """Notify after the commit, where the driver tells of it."""
+        if driver.dialect == "postgres" and hasattr(driver, "after_commit"):
+            driver.after_commit(self._gap, self._native.wake(driver.style))
+
+    def _text(self, driver: Driver | AsyncDriver) -> str | None:
+        """What stores one event through a driver that counts: kept, so that only its values are asked for."""
+        if not counts(driver):
+            return None
+        key = driver.dialect, driver.style
+        text = self._texts.get(key)
+        if text is None:
+            text = self._texts[key] = self._native.one(*key) or ""
+        return text
 
     def _inserts(
         self, dialect: str | None, style: str, event: Event[Any] | Iterable[Event[Any]], dedupe_key: str | None
