@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "test support")]
 
 pub mod certificates;
+pub mod maria_server;
 pub mod postgres_server;
 pub mod proxy;
 pub mod redis_server;
