@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use polybus_conformance::maria_server::MariaServer;
 use polybus_core::ErrorKind;
 use polybus_core::outbox::Table;
 use polybus_core::outbox::relay::{Relay, RelayOptions};
@@ -53,6 +54,17 @@ async fn a_user_that_may_only_read_is_told_what_to_grant<D: Database>() {
     assert_eq!(relay(&url).relay_batch().await.unwrap().relayed, 1);
     insert(&ground.server.connect().await, &event(2, None)).await;
     let error = relay(&ground.server.read_only_url()).relay_batch().await.unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidConfig && error.message().contains("primary"), "{error}");
+}
+
+#[tokio::test]
+async fn in_mariadb_a_user_that_may_only_read_ends_a_run_at_once() {
+    let ground = Ground::<MariaServer>::on();
+    ground.server.sql("GRANT SELECT ON polybus_outbox TO shop");
+    let error = relay(&ground.server.url_of("shop:secret")).run().await.unwrap_err();
+    assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains("GRANT"), "{error}");
+    ground.server.sql("GRANT UPDATE, DELETE ON polybus_outbox TO shop");
+    let error = relay(&ground.server.read_only_url()).run().await.unwrap_err();
     assert!(error.kind() == ErrorKind::InvalidConfig && error.message().contains("primary"), "{error}");
 }
 
