@@ -1,4 +1,4 @@
-"""The relay, from Python: on a real PostgreSQL, and through a driver of the application."""
+"""The relay, from Python: on a real PostgreSQL and MariaDB, and through drivers of the application."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import asyncpg
+import pymysql
 import pytest
 
-from database_server import PostgresServer
+from database_server import SERVERS, DatabaseServer, MariaServer
 from polybus import (
     AuthFailed,
     Bus,
@@ -33,20 +34,40 @@ from polybus.outbox import Outbox, Relay, RelayBatch
 DEADLINE = 20
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with PostgresServer() as running:
+@pytest.fixture(scope="module", params=["postgres", "mysql"])
+def server(request: pytest.FixtureRequest) -> Iterator[DatabaseServer]:
+    with SERVERS[request.param]() as running:
         yield running
 
 
 class Shop:
     """A database with an outbox, and a bus whose handler notes what comes."""
 
-    def __init__(self, server: PostgresServer, name: str) -> None:
-        self.url = f"postgresql://postgres@127.0.0.1:{server.port}/{name}"
+    dialect = "postgres"
+    admin = "postgres"
+    """A database that every server has."""
+
+    def __init__(self, server: DatabaseServer, name: str) -> None:
+        self.port = server.port
+        self.url = self.url_of(name)
         self.bus = Bus(f"memory://{name}", service="shop")
         self.seen: list[Event] = []
         self.outbox = Outbox()
+
+    def url_of(self, name: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    async def open(self, name: str) -> None:
+        admin = await asyncpg.connect(self.url_of("postgres"))
+        await admin.execute(f"CREATE DATABASE {name}")
+        await admin.close()
+        self.connection: Any = await asyncpg.connect(self.url)
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+    async def execute(self, sql: str) -> None:
+        await self.connection.execute(sql)
 
     async def store(self, *payloads: Any, **meta: Any) -> list[Event]:
         events = [Event.create("order.placed", payload, **meta) for payload in payloads]
@@ -61,16 +82,40 @@ class Shop:
             await asyncio.sleep(0.005)
 
 
+class MariaShop(Shop):
+    dialect = "mysql"
+    admin = "mysql"
+
+    def url_of(self, name: str) -> str:
+        return f"mysql+pymysql://root@127.0.0.1:{self.port}/{name}?charset=utf8mb4"
+
+    async def open(self, name: str) -> None:
+        self.connection = pymysql.connect(host="127.0.0.1", port=self.port, user="root", autocommit=True)
+        await self.execute(f"CREATE DATABASE {name}")
+        self.connection.select_db(name)
+
+    async def close(self) -> None:
+        self.connection.close()
+
+    async def execute(self, sql: str) -> None:
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql)
+
+    async def store(self, *payloads: Any, **meta: Any) -> list[Event]:
+        events = [Event.create("order.placed", payload, **meta) for payload in payloads]
+        self.connection.begin()
+        self.outbox.store(events, session=self.connection)
+        self.connection.commit()
+        return events
+
+
 @pytest.fixture
-async def shop(server: PostgresServer, request: pytest.FixtureRequest) -> AsyncIterator[Shop]:
+async def shop(server: DatabaseServer, request: pytest.FixtureRequest) -> AsyncIterator[Shop]:
     name = f"relay_{abs(hash(request.node.nodeid)) % 10**9}"
-    admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{server.port}/postgres")
-    await admin.execute(f"CREATE DATABASE {name}")
-    await admin.close()
-    made = Shop(server, name)
-    made.connection = await asyncpg.connect(made.url)
-    for statement in made.outbox.ddl("postgres"):
-        await made.connection.execute(statement)
+    made = MariaShop(server, name) if isinstance(server, MariaServer) else Shop(server, name)
+    await made.open(name)
+    for statement in made.outbox.ddl(made.dialect):
+        await made.execute(statement)
 
     @made.bus.on("**", name="all")
     async def note(event: Event) -> None:
@@ -78,7 +123,7 @@ async def shop(server: PostgresServer, request: pytest.FixtureRequest) -> AsyncI
 
     async with made.bus:
         yield made
-    await made.connection.close()
+    await made.close()
 
 
 async def test_what_was_committed_is_published(shop: Shop) -> None:
@@ -131,8 +176,7 @@ async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop, tmp_path:
     # Too much around its payload: it can be read, and no bus takes it.
     wire = json.dumps(Event.create("order.placed", 1, headers={"h": "x" * 65_300}).to_dict())
     wire = wire.replace('"h": "', '"h": "' + "y" * 300)
-    insert = "INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'order.placed', $1)"
-    await shop.connection.execute(insert, wire)
+    await shop.execute(f"INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'order.placed', '{wire}')")
     asked: list[tuple[int, type[BaseException]]] = []
     answers = iter([0, timedelta(0), datetime.now(timezone.utc), "nonsense", None])
 
@@ -152,7 +196,7 @@ async def test_a_policy_decides_about_what_the_bus_refuses(shop: Shop, tmp_path:
 
 
 async def test_a_row_that_holds_no_event_is_dead(shop: Shop) -> None:
-    await shop.connection.execute("INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'a', 'no event')")
+    await shop.execute("INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'a', 'no event')")
     relay = Relay(shop.url, shop.bus, RetryPolicy(max_retries=0))
     assert await relay.relay_batch() == RelayBatch(attempted=1, malformed=1, dead_lettered=1)
     [dead] = await relay.dead_letters()
@@ -161,9 +205,11 @@ async def test_a_row_that_holds_no_event_is_dead(shop: Shop) -> None:
     assert await relay.purge_dead() == 1
 
 
-async def test_bad_input(shop: Shop, server: PostgresServer) -> None:
+async def test_bad_input(shop: Shop) -> None:
     for wrong, words in [
-        (lambda: Relay("mysql://h/d", shop.bus), "MySQL"),
+        (lambda: Relay("mysql://u:secret@h/d?ssl-mod=x", shop.bus), "did you mean ssl-mode"),
+        (lambda: Relay("mariadb://u:secret@h/d", shop.bus, listen_url="postgres://h/d"), "PostgreSQL"),
+        (lambda: Relay("oracle://u:secret@h/d", shop.bus), "mysql://"),
         (lambda: Relay("postgres://u:secret@h/d?sslmod=x", shop.bus), "did you mean sslmode"),
         (lambda: Relay(7, shop.bus), "int"),
         (lambda: Relay(shop.url, shop.bus, batch=0), "batch=0"),
@@ -175,11 +221,13 @@ async def test_bad_input(shop: Shop, server: PostgresServer) -> None:
         assert "secret" not in str(raised.value)
     with pytest.raises(TypeError, match="workers"):
         Relay(shop.url, shop.bus, worker=2)  # type: ignore[call-arg]
-    other = shop.url.rsplit("/", 1)[0]
-    with pytest.raises(InvalidConfig, match="polybus outbox ddl --dialect postgres"):
-        await Relay(f"{other}/postgres", shop.bus).run()
+    with pytest.raises(InvalidConfig, match=f"polybus outbox ddl --dialect {shop.dialect}"):
+        await Relay(shop.url_of(shop.admin), shop.bus).run()
+    with pytest.raises(InvalidConfig, match="last part of the URL"):
+        await Relay(shop.url_of("nowhere"), shop.bus).run()
+    shop.port = 1
     with pytest.raises((AuthFailed, ConnectionFailed)):
-        await Relay("postgres://postgres@127.0.0.1:1/postgres", shop.bus).relay_batch()
+        await Relay(shop.url_of("nowhere"), shop.bus).relay_batch()
 
 
 async def test_an_outbox_in_sqlite_goes_through_the_applications_driver(tmp_path: Any) -> None:
@@ -217,6 +265,52 @@ async def test_an_outbox_in_sqlite_goes_through_the_applications_driver(tmp_path
     mine.execute("DROP TABLE polybus_outbox")
     with pytest.raises(InvalidConfig, match="polybus outbox ddl --dialect sqlite"):
         await relay.relay_batch()
+
+
+async def test_an_outbox_in_mariadb_goes_through_the_applications_driver(tmp_path: Any) -> None:
+    with MariaServer() as server:
+        shop = MariaShop(server, "shop")
+        await shop.open("shop")
+        for statement in shop.outbox.ddl("mysql"):
+            await shop.execute(statement)
+        mine = pymysql.connect(host="127.0.0.1", port=server.port, user="root", database="shop", autocommit=True)
+
+        def execute(sql: str, params: Any) -> Any:
+            with mine.cursor() as cursor:
+                cursor.execute(sql, params)
+                return cursor.fetchall(), cursor.rowcount
+
+        numbers: list[Any] = []
+
+        @shop.bus.on("**", name="all", concurrency=1)
+        async def note(event: Event) -> None:
+            numbers.append(event.payload)
+
+        async with shop.bus:
+            for number in range(30):
+                await shop.store(number, partition_key=f"k{number % 3}")
+            await shop.execute("INSERT INTO polybus_outbox (event_id, type, event) VALUES ('x', 'a', 'no event')")
+            relay = Relay(execute, shop.bus, dialect="mysql", batch=7)
+            running = asyncio.create_task(relay.run())
+            await shop.until(lambda: len(numbers) == 30)
+            relay.stop()
+            await running
+            while (await relay.relay_batch()).attempted:
+                pass
+            assert sorted(numbers) == list(range(30))
+            assert (await relay.stats()).dead == 1
+            [dead] = await relay.dead_letters()
+            assert (dead.event_id, dead.raw, dead.attempts) == ("x", "no event", 1)
+            assert await relay.replay() == 1
+            assert (await relay.relay_batch()).malformed == 1
+            assert await relay.purge_dead("x") == 1
+            await shop.execute("UPDATE polybus_outbox SET created_at = '2020-01-01', delivered_at = '2020-01-01'")
+            assert await relay.purge(timedelta(days=1)) == 30
+            await shop.execute("DROP TABLE polybus_outbox")
+            with pytest.raises(InvalidConfig, match="polybus outbox ddl --dialect mysql"):
+                await relay.relay_batch()
+        mine.close()
+        await shop.close()
 
 
 async def test_the_command_relays_and_serves_its_health(shop: Shop, tmp_path: Any) -> None:

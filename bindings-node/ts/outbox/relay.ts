@@ -47,12 +47,12 @@ export interface RelayOptions {
   leaseMs?: number
   /** Longest pause between looks at the table; after rows were found pauses are shorter. Default 250. */
   pollIntervalMs?: number
-  /** Wake up by NOTIFY. Default true. */
+  /** Wake up by NOTIFY, which PostgreSQL has. Default true. */
   listen?: boolean
   /** Where to listen, when the database's URL leads to a pool that passes no notifications on. */
   listenUrl?: string
   /** What an executor speaks. Default `sqlite`. */
-  dialect?: 'postgres' | 'sqlite'
+  dialect?: 'postgres' | 'sqlite' | 'mysql'
   /** How its placeholders are written. Default `?`, and `$` for `postgres`. */
   style?: '$' | '?'
 }
@@ -145,7 +145,7 @@ interface SyncDatabase {
 export class Relay {
   readonly #native: InstanceType<typeof native.NativeRelay>
   readonly #table: InstanceType<typeof native.NativeOutbox>
-  readonly #dialect: 'postgres' | 'sqlite'
+  readonly #dialect: 'postgres' | 'sqlite' | 'mysql'
   readonly #execute: Executor
   readonly #policy: FailurePolicy
   readonly #asks: boolean
@@ -153,8 +153,8 @@ export class Relay {
   #clerk: Promise<void> = Promise.resolve()
 
   /**
-   * @param database - The URL of a PostgreSQL database, to which the relay makes connections of its own; a database of
-   * better-sqlite3 or node:sqlite; or a function that runs the statements on whatever connection.
+   * @param database - The URL of a PostgreSQL, MySQL or MariaDB database, to which the relay makes connections of its
+   * own; a database of better-sqlite3 or node:sqlite; or a function that runs the statements on whatever connection.
    * @param bus - Where the events go. Not one with `failOpen`, which would lose them.
    * @throws InvalidConfig for what can never work.
    */

@@ -17,7 +17,7 @@ use crate::{Bus, BusOptions, process};
 
 #[derive(Args)]
 pub(super) struct Command {
-    /// URL of the PostgreSQL database with the outbox; without it, POLYBUS_RELAY_DB
+    /// URL of the PostgreSQL, MySQL or MariaDB database with the outbox; without it, POLYBUS_RELAY_DB
     #[arg(long)]
     db: Option<String>,
     /// URL of the bus; without it, POLYBUS_URL

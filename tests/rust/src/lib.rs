@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "test support")]
 
 pub mod certificates;
+pub mod maria_server;
 pub mod pgbouncer;
 pub mod postgres_server;
 pub mod proxy;

@@ -131,16 +131,18 @@ class Relay:
         relay = Relay("postgresql://shop@db/shop", bus)
         await relay.run()
 
-    - `database`: the URL of a PostgreSQL database, as libpq or SQLAlchemy writes it; the relay has connections of its
-      own. For a SQLite database a `sqlite3.Connection` in autocommit (`isolation_level=None`), or an `Executor` that
-      runs the statements on whatever connection; `dialect` and `style` tell what it speaks.
+    - `database`: the URL of a PostgreSQL, MySQL or MariaDB database, as libpq or SQLAlchemy writes it; the relay has
+      connections of its own. For a SQLite database a `sqlite3.Connection` in autocommit (`isolation_level=None`), or an
+      `Executor` that runs the statements on whatever connection; `dialect` and `style` (`%s` for `mysql` unless given)
+      tell what it speaks.
     - `bus`: where the events go. Not one with `fail_open`, which would lose them.
     - `failure_policy`: a `FailurePolicy`, or a `RetryPolicy`. Unless given, an error that no retry mends makes a dead
       letter at once, any other one after three retries. It is not asked when the bus is away: then nothing is
       published, and no attempt counts.
     - `table` (`polybus_outbox`), `batch` (500 rows a claim), `workers` (1; with more, events without a key may overtake
       each other), `lease` (30 s: what a relay had that died is published after this), `poll_interval` (0.25 s),
-      `listen` (True: wake up by NOTIFY), `listen_url` (where to listen when `database` leads to PgBouncer).
+      `listen` (True: wake up by NOTIFY), `listen_url` (where to listen when `database` leads to PgBouncer). The last
+      two are PostgreSQL's.
 
     Any number of relays work on one table. Opens nothing until it is used. `InvalidConfig` for what can never work.
     """
@@ -176,7 +178,8 @@ class Relay:
                 f"the database of a relay is a URL, a sqlite3.Connection or a function that runs statements, "
                 f"not {type(database).__qualname__}"
             )
-        spoken = (dialect or ("sqlite" if style == "?" else "postgres"), style or ("?" if dialect == "sqlite" else "$"))
+        usual = {"sqlite": "?", "mysql": "%s", "mariadb": "%s"}
+        spoken = (dialect or ("sqlite" if style == "?" else "postgres"), style or usual.get(dialect or "", "$"))
         self._dialect = spoken[0]
         self._table = NativeOutbox(table=given.get("table"))
         self._native = NativeRelay(url, *spoken, bus._native, failure_policy is not None, given)

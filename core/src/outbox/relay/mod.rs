@@ -14,9 +14,9 @@
 //! published again, with the same ids. Any number of relays work on one table. Rows of one partition key are published in
 //! order, by one relay at a time; a row that fails holds back its key until its retry, and nothing else.
 //!
-//! - [`sql`]: the statements, and how the order of a key is kept without locks that last;
+//! - [`sql`], [`mysql_claim`]: the statements, and how the order of a key is kept without locks that last;
 //! - [`store`]: the table, through an [`Executor`]; [`floor`]: where its unfinished rows begin;
-//! - [`postgres`], [`tls`], [`listen`]: our own connections;
+//! - [`postgres`], [`tls`], [`listen`], [`mysql`], [`mysql_server`]: our own connections;
 //! - [`policy`], [`publish`]: what becomes of the rows of one claim;
 //! - [`work`]: the loop; [`report`]: what it says about itself;
 //! - [`host`]: an executor and a policy that live in another language.
@@ -24,6 +24,9 @@
 mod floor;
 pub mod host;
 mod listen;
+mod mysql;
+mod mysql_claim;
+mod mysql_server;
 mod policy;
 mod postgres;
 mod publish;
@@ -37,6 +40,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::floor::Floor;
+use self::mysql::MySql;
 pub use self::policy::{Decision, Failed, FailurePolicy};
 use self::postgres::{Postgres, Server};
 pub use self::publish::Publisher;
@@ -94,6 +98,7 @@ impl Default for RelayOptions {
 #[derive(Clone)]
 enum Source {
     Server { url: Box<Server>, listen: Option<Box<Server>> },
+    MySql(Box<mysql_server::Server>),
     Given(Arc<dyn Executor>),
 }
 
@@ -123,8 +128,17 @@ struct Live {
 }
 
 impl Relay {
-    /// A relay from the PostgreSQL database at `url` to `bus`. Opens nothing. `InvalidConfig` for what can never work.
+    /// A relay from the PostgreSQL, MySQL or MariaDB database at `url` to `bus`. Opens nothing. `InvalidConfig` for what
+    /// can never work.
     pub fn new(url: &str, bus: Arc<dyn Publisher>, options: RelayOptions) -> Result<Self> {
+        if mysql_server::Server::is_meant(url) {
+            if options.listen_url.is_some() {
+                return Err(Error::invalid_config(
+                    "listen_url is for PostgreSQL: MySQL and MariaDB notify nobody, and the relay polls them",
+                ));
+            }
+            return Self::build(Source::MySql(Box::new(mysql_server::Server::parse(url)?)), bus, options);
+        }
         let url = Box::new(Server::parse(url)?);
         let listen = match &options.listen_url {
             _ if !options.listen => None,
@@ -160,12 +174,13 @@ impl Relay {
     fn live(&self) -> &Live {
         self.0.live.get_or_init(|| {
             let workers = match &self.0.source {
-                Source::Server { .. } => self.0.options.workers,
+                Source::Server { .. } | Source::MySql(_) => self.0.options.workers,
                 Source::Given(_) => 1, // it has one connection, or whatever it thinks best
             };
             let store = || {
                 let executor: Arc<dyn Executor> = match &self.0.source {
                     Source::Server { url, .. } => Postgres::executor((**url).clone(), self.0.table.clone()),
+                    Source::MySql(url) => MySql::executor((**url).clone(), self.0.table.clone()),
                     Source::Given(executor) => executor.clone(),
                 };
                 Store::new(executor, self.0.table.clone(), Floor::default())
@@ -194,6 +209,7 @@ impl Relay {
     pub fn database(&self) -> Option<&str> {
         match &self.0.source {
             Source::Server { url, .. } => Some(url.name()),
+            Source::MySql(url) => Some(url.name()),
             Source::Given(_) => None,
         }
     }

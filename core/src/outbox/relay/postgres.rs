@@ -55,11 +55,8 @@ impl Server {
                 "sqlite" => Error::unsupported(
                     "an outbox in an SQLite file is relayed through the application's own driver: pass an executor instead of a URL",
                 ),
-                "mysql" | "mariadb" => {
-                    Error::unsupported("the relay reads outboxes in PostgreSQL and SQLite, not yet in MySQL")
-                }
                 _ => Error::invalid_config(format!(
-                    "the database URL of a relay is like postgres://user:password@host/database, and not {scheme:?}"
+                    "the database URL of a relay is like postgres://user:password@host/database or mysql://…, and not {scheme:?}"
                 )),
             });
         }
@@ -358,7 +355,6 @@ mod tests {
         for (url, said) in [
             ("postgres://shop:secret@h/d?sslmod=require", "did you mean sslmode"),
             ("postgres://shop:secret@h:port/d", "not valid"),
-            ("mysql://shop:secret@h/d", "MySQL"),
             ("sqlite:///secret.db", "executor"),
             ("secret", "postgres://"),
         ] {

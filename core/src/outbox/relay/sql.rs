@@ -15,11 +15,10 @@
 //!
 //! A second relay that claims at the same moment sees the same window and gets nothing; it comes back a moment later.
 //!
-//! The text holds no `%`, `?` and `:`, as [`Sql::push`] wants, and numbers travel as lists in one parameter: any driver
-//! can run it.
+//! The text holds no `%`, `?` and `:`, as [`Sql::push`] wants, and numbers travel as lists in one parameter, or in the text
+//! where the dialect has no lists: any driver can run it.
 
 use super::store::Verdict;
-use crate::error::{Error, Result};
 use crate::outbox::dialect::{Dialect, Style};
 use crate::outbox::statement::{Sql, Statement};
 use crate::outbox::table::Table;
@@ -45,16 +44,16 @@ pub(super) struct Wanted<'a> {
 }
 
 impl Writer {
-    fn sql(&self) -> Sql {
+    pub(super) fn sql(&self) -> Sql {
         Sql::new(self.dialect, self.style)
     }
 
-    fn table(&self) -> String {
+    pub(super) fn table(&self) -> String {
         self.table.quoted(self.dialect)
     }
 
     /// Where the dialect locks rows; the others have one writer at a time.
-    fn locks(&self) -> &'static str {
+    pub(super) fn locks(&self) -> &'static str {
         match self.dialect {
             Dialect::Sqlite => "",
             Dialect::Postgres | Dialect::MySql => " FOR UPDATE SKIP LOCKED",
@@ -62,7 +61,7 @@ impl Writer {
     }
 
     /// `seq` is one of these.
-    fn among(&self, sql: &mut Sql, seqs: &[i64]) {
+    pub(super) fn among(&self, sql: &mut Sql, seqs: &[i64]) {
         let list = seqs.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
         match self.dialect {
             Dialect::Postgres => {
@@ -72,7 +71,7 @@ impl Writer {
                 sql.push("seq IN (SELECT value FROM json_each(").bind(format!("[{list}]")).push("))");
             }
             Dialect::MySql => {
-                sql.push("seq IN (").bind_all(seqs.iter().copied()).push(")");
+                sql.push("seq IN (").push(&list).push(")");
             }
         }
     }
@@ -80,13 +79,12 @@ impl Writer {
     /// Claims rows and answers with `seq, attempts, partition_key, event` of each, in any order. On PostgreSQL one row
     /// more, without event, tells about the window: rows in it, rows that were picked, and, in place of the key, how many
     /// rows deep the last of those was.
-    pub fn claim(&self, wanted: Wanted<'_>) -> Result<Statement> {
+    ///
+    /// MySQL takes more than one statement: [`super::mysql_claim`].
+    pub fn claim(&self, wanted: Wanted<'_>) -> Statement {
         match self.dialect {
-            Dialect::Postgres => Ok(self.claim_locking(wanted)),
-            Dialect::Sqlite => Ok(self.claim_alone(wanted)),
-            Dialect::MySql => {
-                Err(Error::unsupported("the relay reads outboxes in PostgreSQL and SQLite, not yet in MySQL"))
-            }
+            Dialect::Postgres => self.claim_locking(wanted),
+            Dialect::Sqlite | Dialect::MySql => self.claim_alone(wanted),
         }
     }
 
@@ -220,11 +218,8 @@ impl Writer {
     pub fn stats(&self) -> Statement {
         let mut sql = self.sql();
         let table = self.table();
-        sql.push("SELECT count(*), coalesce(sum(CASE WHEN status = 'claimed' THEN 1 ELSE 0 END), 0), coalesce(sum(CASE WHEN status = 'pending' AND visible_at > ");
-        sql.now()
-            .push(" THEN 1 ELSE 0 END), 0), (SELECT count(*) FROM ")
-            .push(&table)
-            .push(" WHERE status = 'dead'), ");
+        sql.push("SELECT count(*), count(CASE WHEN status = 'claimed' THEN 1 END), count(CASE WHEN status = 'pending' AND visible_at > ");
+        sql.now().push(" THEN 1 END), (SELECT count(*) FROM ").push(&table).push(" WHERE status = 'dead'), ");
         self.millis(&mut sql, "min(created_at)", true);
         sql.push(" FROM ").push(&table).push(" WHERE status IN ('pending', 'claimed')");
         sql.finish()
@@ -258,7 +253,9 @@ impl Writer {
     /// when they died.
     pub fn dead(&self, after: i64, limit: i64) -> Statement {
         let mut sql = self.sql();
-        sql.push("SELECT seq, event_id, type, event, partition_key, CAST(attempts AS BIGINT), last_error, ");
+        let integer = if self.dialect == Dialect::MySql { "SIGNED" } else { "BIGINT" };
+        sql.push("SELECT seq, event_id, type, event, partition_key, CAST(attempts AS ").push(integer);
+        sql.push("), last_error, ");
         self.millis(&mut sql, "created_at", false);
         sql.push(", ");
         self.millis(&mut sql, "visible_at", false);
@@ -291,6 +288,9 @@ impl Writer {
             Some(id) => {
                 sql.push(" WHERE status = 'dead' AND event_id = ").bind(id);
             }
+            None if self.dialect == Dialect::MySql => {
+                sql.push(" WHERE status = 'dead' ORDER BY seq LIMIT ").bind(limit);
+            }
             None => {
                 sql.push(" WHERE status = 'dead' AND seq IN (SELECT seq FROM ").push(&self.table());
                 sql.push(" WHERE status = 'dead' ORDER BY seq LIMIT ").bind(limit).push(self.locks()).push(")");
@@ -301,9 +301,8 @@ impl Writer {
     /// Of the `page` rows after `after`: the last `seq`, how many there are, and how many of them were made before.
     pub fn page(&self, after: i64, page: i64, older_than_ms: i64) -> Statement {
         let mut sql = self.sql();
-        sql.push("SELECT coalesce(max(seq), 0), count(*), coalesce(sum(CASE WHEN created_at < ")
-            .now_plus(-older_than_ms);
-        sql.push(" THEN 1 ELSE 0 END), 0) FROM (SELECT seq, created_at FROM ").push(&self.table());
+        sql.push("SELECT coalesce(max(seq), 0), count(*), count(CASE WHEN created_at < ").now_plus(-older_than_ms);
+        sql.push(" THEN 1 END) FROM (SELECT seq, created_at FROM ").push(&self.table());
         sql.push(" WHERE seq > ").bind(after).push(" ORDER BY seq LIMIT ").bind(page).push(") p");
         sql.finish()
     }

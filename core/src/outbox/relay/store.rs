@@ -1,5 +1,6 @@
 //! The table as the relay sees it: claim rows, end the claims, look after what is dead.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -111,6 +112,17 @@ pub struct DeadRow {
     pub dead_at_ms: i64,
 }
 
+/// What a claim saw of its window.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// Rows in it.
+    count: i64,
+    /// Of those, to be claimed.
+    picked: i64,
+    /// How many rows deep the last of these was.
+    depth: i64,
+}
+
 /// See the head of the file.
 pub(super) struct Store {
     executor: Arc<dyn Executor>,
@@ -150,6 +162,16 @@ impl Store {
         }
     }
 
+    /// The same, and in MySQL a claim of nothing: fails if the user may not write, or the server is too old.
+    pub async fn rehearse(&self) -> Result<()> {
+        self.check().await?;
+        if self.writer.dialect == Dialect::MySql {
+            let wanted = Wanted { floor: 0, window: 1, batch: 1, lease_ms: 0, token: "" };
+            self.run(self.writer.take(wanted, &[0], "1970-01-01")).await?;
+        }
+        Ok(())
+    }
+
     /// Claims up to `batch` rows for `lease`.
     pub async fn claim(&self, batch: usize, lease: Duration) -> Result<Claim> {
         let token = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
@@ -157,7 +179,10 @@ impl Store {
         let window = self.window.load(Ordering::Relaxed).max(batch * 2);
         let floor = self.floor.value(self.executor.connection());
         let wanted = Wanted { floor, window, batch, lease_ms: millis(lease), token: &token };
-        let answer = self.run(self.writer.claim(wanted)?).await?;
+        if self.writer.dialect == Dialect::MySql {
+            return self.claim_in_steps(wanted).await;
+        }
+        let answer = self.run(self.writer.claim(wanted)).await?;
         let mut rows = Vec::with_capacity(answer.rows.len());
         let mut seen = None;
         for mut row in answer.rows {
@@ -167,11 +192,7 @@ impl Store {
                     let depth = if let Param::Text(depth) = depth { depth.parse().unwrap_or(0) } else { 0 };
                     seen = Some((count, picked, depth));
                 }
-                Ok([Param::Integer(seq), Param::Integer(attempts), key, Param::Text(event)]) => {
-                    let key = if let Param::Text(key) = key { Some(key) } else { None };
-                    let attempts = u32::try_from(attempts).unwrap_or(0);
-                    rows.push(Row { seq, attempts, key, event: Bytes::from(event) });
-                }
+                Ok([seq, attempts, key, event]) => rows.push(claimed(seq, attempts, key, event)?),
                 _ => return Err(strange()),
             }
         }
@@ -182,11 +203,69 @@ impl Store {
             None if taken == batch => (window, taken, window),
             None => (number(&self.run(self.writer.open(floor, window)).await?, 0)?, taken, taken),
         };
+        let again = self.seen(wanted, Seen { count, picked, depth });
+        Ok(Claim { token: wanted.token.to_owned(), again: again && rows.is_empty(), rows })
+    }
+
+    /// Adapts the window to what was seen in it. Whether an empty claim is no reason to wait.
+    fn seen(&self, wanted: Wanted<'_>, seen: Seen) -> bool {
         // What stands in front and cannot be taken must not hide what can: look further, as far as it takes.
-        let hidden = picked < batch && count >= window;
-        let next = if hidden { window.saturating_mul(4) } else { depth + batch };
+        let hidden = seen.picked < wanted.batch && seen.count >= wanted.window;
+        let next = if hidden { wanted.window.saturating_mul(4) } else { seen.depth + wanted.batch };
         self.window.store(next, Ordering::Relaxed);
-        Ok(Claim { token, again: rows.is_empty() && (hidden || picked > 0), rows })
+        hidden || seen.picked > 0
+    }
+
+    /// See [`super::mysql_claim`].
+    async fn claim_in_steps(&self, wanted: Wanted<'_>) -> Result<Claim> {
+        let (mut rows, mut time) = (Vec::new(), String::new());
+        let mut seen = Seen { count: 0, picked: 0, depth: 0 };
+        for mut row in self.run(self.writer.pick(wanted)).await?.rows {
+            for at in [0, 1, 4, 5] {
+                row.get_mut(at).map(as_integer);
+            }
+            let Ok([seq, attempts, key, event, depth, count, now]) = <[Param; 7]>::try_from(row) else {
+                return Err(strange());
+            };
+            let (Param::Integer(depth), Param::Integer(count), Param::Text(now)) = (depth, count, now) else {
+                return Err(strange());
+            };
+            seen.count = count;
+            if event == Param::Null || seen.picked == wanted.batch {
+                continue;
+            }
+            rows.push(claimed(seq, attempts, key, event)?);
+            (seen.picked, seen.depth, time) = (rows.len() as i64, depth, now);
+        }
+        let again = self.seen(wanted, seen);
+        let token = wanted.token.to_owned();
+        if rows.is_empty() {
+            return Ok(Claim { token, again, rows });
+        }
+        let seqs: Vec<_> = rows.iter().map(|row: &Row| row.seq).collect();
+        let taken = self.run(self.writer.take(wanted, &seqs, &time)).await?.affected;
+        if taken < seqs.len() as u64 {
+            let ours = self.run(self.writer.taken(&token, &seqs)).await?;
+            let ours = ours.rows.iter().map(|row| integer(row.first())).collect::<Result<HashSet<_>>>()?;
+            let mut missed = HashSet::new();
+            let mut behind = Vec::new();
+            rows.retain(|row| {
+                let lane = row.key.as_ref();
+                if !ours.contains(&row.seq) {
+                    missed.extend(lane.cloned());
+                    return false;
+                }
+                let waits = lane.is_some_and(|key| missed.contains(key));
+                if waits {
+                    behind.push(row.seq);
+                }
+                !waits
+            });
+            if !behind.is_empty() {
+                self.give_back(&token, &behind).await?;
+            }
+        }
+        Ok(Claim { token, again: again && rows.is_empty(), rows })
     }
 
     /// Claims rows without a key that come after the row `after`, while those up to there are under way; see
@@ -216,7 +295,7 @@ impl Store {
     /// Moves the lower end of what claims look at. Called now and then.
     pub async fn advance(&self) -> Result<()> {
         if self.writer.dialect != Dialect::Postgres {
-            return Ok(()); // elsewhere rows that are finished are not in the way
+            return Ok(()); // elsewhere it takes no floor, or there is no proof: docs/decisions/0021
         }
         let connection = self.executor.connection();
         if let Some(running) = self.floor.running(connection) {
@@ -295,6 +374,14 @@ impl Store {
     }
 }
 
+fn claimed(seq: Param, attempts: Param, key: Param, event: Param) -> Result<Row> {
+    let (Param::Integer(seq), Param::Integer(attempts), Param::Text(event)) = (seq, attempts, event) else {
+        return Err(strange());
+    };
+    let key = if let Param::Text(key) = key { Some(key) } else { None };
+    Ok(Row { seq, attempts: u32::try_from(attempts).unwrap_or(0), key, event: Bytes::from(event) })
+}
+
 fn dead_row(row: Vec<Param>) -> Result<DeadRow> {
     let mut row = row.into_iter();
     let text = |row: &mut std::vec::IntoIter<Param>| match row.next() {
@@ -320,7 +407,11 @@ fn dead_row(row: Vec<Param>) -> Result<DeadRow> {
 }
 
 fn number(answer: &Answer, column: usize) -> Result<i64> {
-    match answer.rows.first().and_then(|row| row.get(column)) {
+    integer(answer.rows.first().and_then(|row| row.get(column)))
+}
+
+fn integer(cell: Option<&Param>) -> Result<i64> {
+    match cell {
         Some(Param::Integer(number)) => Ok(*number),
         Some(Param::Text(text)) => text.parse().map_err(|_| strange()),
         Some(Param::Null) => Ok(0),

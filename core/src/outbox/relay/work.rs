@@ -83,7 +83,7 @@ impl Relay {
     async fn begin(&self, live: &Live, stop: &watch::Receiver<u64>) -> Result<()> {
         let mut pause = AWAY.0;
         loop {
-            let checked = live.stores[0].check().await;
+            let checked = live.stores[0].rehearse().await;
             let news = live.counters.looked(checked.as_ref().err());
             match checked {
                 Ok(()) => return Ok(()),

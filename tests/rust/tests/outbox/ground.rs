@@ -8,20 +8,28 @@ use polybus_conformance::postgres_server::PostgresServer;
 use polybus_conformance::{eventually, within};
 use polybus_core::bus::new_event;
 use polybus_core::codec;
+use polybus_core::outbox::Table;
 use polybus_core::outbox::relay::{Publisher, Relay, RelayOptions};
-use polybus_core::outbox::{Dialect, Table};
 use polybus_core::retry::{Jitter, RetryPolicy};
 use polybus_core::transport::{Outgoing, Task};
 use polybus_core::{Error, Event, Result};
-use tokio_postgres::{Client, GenericClient};
+
+use crate::databases::{Database, Session};
 
 /// A server with an outbox.
-pub struct Ground {
-    pub server: PostgresServer,
+pub struct Ground<D = PostgresServer> {
+    pub server: D,
 }
 
 impl Ground {
+    /// On PostgreSQL, for what only that has.
     pub fn new() -> Self {
+        Self::on()
+    }
+}
+
+impl<D: Database> Ground<D> {
+    pub fn on() -> Self {
         let ground = Self::bare();
         ground.make("polybus_outbox");
         ground
@@ -29,11 +37,11 @@ impl Ground {
 
     /// Without an outbox.
     pub fn bare() -> Self {
-        Self { server: PostgresServer::start() }
+        Self { server: D::start() }
     }
 
     pub fn make(&self, table: &str) {
-        self.server.sql(&Table::parse(table).unwrap().outbox_ddl(Dialect::Postgres).join(";"));
+        self.server.sql(&Table::parse(table).unwrap().outbox_ddl(D::DIALECT).join(";"));
     }
 
     pub fn relay(&self, bus: &Arc<Memo>) -> Relay {
@@ -51,10 +59,10 @@ impl Ground {
         self.server.sql(&sql).parse().unwrap()
     }
 
-    pub async fn until_delivered(&self, client: &Client, count: i64) {
+    pub async fn until_delivered(&self, client: &impl Session, count: i64) {
         eventually("all rows are delivered", || async {
             let sql = "SELECT count(*) FROM polybus_outbox WHERE status = 'delivered'";
-            Ok(client.query_one(sql, &[]).await.is_ok_and(|row| row.get::<_, i64>(0) == count))
+            Ok(client.texts(sql).await == Some(vec![count.to_string()]))
         })
         .await;
     }
@@ -74,18 +82,17 @@ pub fn event(number: usize, key: Option<&str>) -> Event {
 }
 
 /// Writes an event into the outbox, on whatever transaction the client is in.
-pub async fn insert(client: &impl GenericClient, event: &Event) {
+pub async fn insert(client: &impl Session, event: &Event) {
     let wire = String::from_utf8(codec::encode(event).unwrap()).unwrap();
     insert_text(client, &event.meta.id, event.meta.partition_key.as_deref(), &wire).await;
 }
 
-pub async fn insert_text(client: &impl GenericClient, id: &str, key: Option<&str>, text: &str) {
-    let sql = "INSERT INTO polybus_outbox (event_id, type, event, partition_key) VALUES ($1, 'order.placed', $2, $3)";
-    client.execute(sql, &[&id, &text, &key]).await.unwrap();
+pub async fn insert_text(client: &impl Session, id: &str, key: Option<&str>, text: &str) {
+    client.add(id, key, text).await;
 }
 
 /// Writes `count` events, each in a transaction of its own; their keys go round.
-pub async fn insert_numbers(client: &impl GenericClient, count: usize, keys: usize) -> Vec<Event> {
+pub async fn insert_numbers(client: &impl Session, count: usize, keys: usize) -> Vec<Event> {
     let mut events = Vec::new();
     for number in 0..count {
         let key = (keys > 0).then(|| format!("key-{}", number % keys));

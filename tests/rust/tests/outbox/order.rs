@@ -11,11 +11,27 @@ use polybus_core::transport::{Outgoing, Task};
 use polybus_core::{Error, Result};
 use tokio::sync::Semaphore;
 
+use crate::databases::{Database, Session, on_each_database};
 use crate::ground::{Ground, Memo, event, insert, insert_numbers, number, working};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_order_of_each_key_holds_with_relays_whose_rows_fail() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+on_each_database!(
+    the_order_of_each_key_holds_with_two_relays,
+    the_order_of_each_key_holds_with_eight_relays,
+    a_row_that_waits_holds_back_its_key_and_nothing_else,
+    a_lease_that_ends_in_mid_publish_is_a_mismatch_and_overwrites_nothing,
+    a_publish_longer_than_the_lease_keeps_it,
+);
+
+async fn the_order_of_each_key_holds_with_two_relays<D: Database>() {
+    order_with_relays_whose_rows_fail::<D>(2).await;
+}
+
+async fn the_order_of_each_key_holds_with_eight_relays<D: Database>() {
+    order_with_relays_whose_rows_fail::<D>(8).await;
+}
+
+async fn order_with_relays_whose_rows_fail<D: Database>(relays: usize) {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     let tries: Mutex<HashMap<usize, u32>> = Mutex::default();
     bus.refuse(move |event| {
@@ -27,7 +43,7 @@ async fn the_order_of_each_key_holds_with_relays_whose_rows_fail() {
     });
     insert_numbers(&client, 400, 20).await;
     let options = RelayOptions { batch: 15, workers: 2, ..RelayOptions::default() };
-    let relays: Vec<_> = (0..3).map(|_| ground.relay_with(&bus, options.clone())).collect();
+    let relays: Vec<_> = (0..relays).map(|_| ground.relay_with(&bus, options.clone())).collect();
     working(&relays, async {
         for number in 400..600 {
             insert(&client, &event(number, Some(&format!("key-{}", number % 20)))).await;
@@ -52,9 +68,8 @@ impl FailurePolicy for Patient {
     }
 }
 
-#[tokio::test]
-async fn a_row_that_waits_holds_back_its_key_and_nothing_else() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn a_row_that_waits_holds_back_its_key_and_nothing_else<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     bus.refuse(|event| (number(event) == 1).then(|| Error::invalid_event("never")));
     // Many more of the key than a claim looks at stand in front of the others.
@@ -73,9 +88,9 @@ async fn a_row_that_waits_holds_back_its_key_and_nothing_else() {
 }
 
 /// A bus whose publishes wait for the test.
-struct Gate {
-    began: Semaphore,
-    go: Arc<Semaphore>,
+pub struct Gate {
+    pub began: Semaphore,
+    pub go: Arc<Semaphore>,
     memo: Arc<Memo>,
 }
 
@@ -94,29 +109,25 @@ impl Publisher for Gate {
     }
 }
 
-fn gated(ground: &Ground, lease: Duration) -> (Relay, Arc<Gate>) {
+pub fn gated<D: Database>(ground: &Ground<D>, lease: Duration) -> (Relay, Arc<Gate>) {
     let gate = Gate { began: Semaphore::new(0), go: Arc::new(Semaphore::new(0)), memo: Memo::new() };
     let gate = Arc::new(gate);
     let options = RelayOptions { lease, ..RelayOptions::default() };
     (Relay::new(&ground.server.url(), gate.clone(), options).unwrap(), gate)
 }
 
-#[tokio::test]
-async fn a_lease_that_ends_in_mid_publish_is_a_mismatch_and_overwrites_nothing() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn a_lease_that_ends_in_mid_publish_is_a_mismatch_and_overwrites_nothing<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     insert_numbers(&client, 3, 0).await;
     let (slow, gate) = gated(&ground, Duration::from_secs(30));
     let publishing = tokio::spawn(async move { slow.relay_batch().await.unwrap() });
     within(gate.began.acquire()).await.unwrap().forget();
     // As when the process of that relay stood still for longer than its lease.
-    client
-        .batch_execute("UPDATE polybus_outbox SET lease_until = now() - interval '1 s' WHERE seq <= 2")
-        .await
-        .unwrap();
+    client.run(&format!("UPDATE polybus_outbox SET lease_until = {} WHERE seq <= 2", D::ago(1))).await;
     let other = ground.relay(&bus).relay_batch().await.unwrap();
     assert_eq!((other.attempted, other.relayed), (2, 2));
-    let marks = "SELECT string_agg(coalesce(lease_token, '') || delivered_at, ',' ORDER BY seq) FROM polybus_outbox WHERE seq <= 2";
+    let marks = "SELECT lease_token, delivered_at FROM polybus_outbox WHERE seq <= 2 ORDER BY seq";
     let before = ground.server.sql(marks);
     gate.go.add_permits(1);
     let batch = within(publishing).await.unwrap();
@@ -125,9 +136,8 @@ async fn a_lease_that_ends_in_mid_publish_is_a_mismatch_and_overwrites_nothing()
     assert_eq!(ground.count("delivered"), 3);
 }
 
-#[tokio::test]
-async fn a_publish_longer_than_the_lease_keeps_it() {
-    let ground = Ground::new();
+async fn a_publish_longer_than_the_lease_keeps_it<D: Database>() {
+    let ground = Ground::<D>::on();
     let client = ground.server.connect().await;
     insert_numbers(&client, 3, 1).await;
     let (slow, gate) = gated(&ground, Duration::from_millis(300));
@@ -137,11 +147,12 @@ async fn a_publish_longer_than_the_lease_keeps_it() {
     let bus = Memo::new();
     let other = ground.relay(&bus);
     // Three extensions are three times a third of a lease.
-    let until = format!("SELECT min(lease_until) > '{first}'::timestamptz + interval '300 ms' FROM polybus_outbox");
-    while ground.server.sql(&until) != "t" {
+    let then = D::after(&first, 300);
+    let until = format!("SELECT CASE WHEN min(lease_until) > {then} THEN 1 ELSE 0 END FROM polybus_outbox");
+    while ground.server.sql(&until) != "1" {
         insert(&client, &event(9, Some("key-0"))).await;
         assert_eq!(other.relay_batch().await.unwrap(), RelayBatch::default());
-        client.batch_execute("DELETE FROM polybus_outbox WHERE status = 'pending'").await.unwrap();
+        client.run("DELETE FROM polybus_outbox WHERE status = 'pending'").await;
     }
     gate.go.add_permits(1);
     assert_eq!(within(publishing).await.unwrap().relayed, 3);

@@ -10,11 +10,17 @@ use polybus_conformance::redis_server::{Data, Options, RedisServer};
 use polybus_core::outbox::relay::{Relay, RelayOptions};
 use polybus_core::{Bus, BusOptions};
 
+use crate::databases::{Database, Session, on_each_database};
 use crate::ground::{Ground, Memo, event, insert, insert_numbers, working};
 
-#[tokio::test]
-async fn while_the_bus_is_away_no_attempt_counts() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+on_each_database!(
+    while_the_bus_is_away_no_attempt_counts,
+    a_redis_that_goes_and_comes_back_gets_everything,
+    terminated_sessions_and_restarts_of_the_server_lose_nothing,
+);
+
+async fn while_the_bus_is_away_no_attempt_counts<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     insert_numbers(&client, 10, 3).await;
     bus.away.store(true, Ordering::SeqCst);
@@ -37,9 +43,8 @@ async fn while_the_bus_is_away_no_attempt_counts() {
     assert!(bus.by_key().values().all(|numbers| numbers.is_sorted()));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_goes_and_comes_back_gets_everything() {
-    let ground = Ground::new();
+async fn a_redis_that_goes_and_comes_back_gets_everything<D: Database>() {
+    let ground = Ground::<D>::on();
     let mut redis = RedisServer::with(Options { appendfsync: Some("always"), ..Options::default() });
     let options = BusOptions { publish_timeout: Duration::from_millis(500), ..BusOptions::new("test") };
     let bus = Bus::new(&redis.url(), options).unwrap();
@@ -66,9 +71,8 @@ async fn a_redis_that_goes_and_comes_back_gets_everything() {
 }
 
 // With threads: a server that stops waits for sessions that are only just beginning, which this test must not hold up.
-#[tokio::test(flavor = "multi_thread")]
-async fn terminated_sessions_and_restarts_of_the_server_lose_nothing() {
-    let (mut ground, bus) = (Ground::new(), Memo::new());
+async fn terminated_sessions_and_restarts_of_the_server_lose_nothing<D: Database>() {
+    let (mut ground, bus) = (Ground::<D>::on(), Memo::new());
     let options = RelayOptions { batch: 10, lease: Duration::from_secs(1), ..RelayOptions::default() };
     let relays: Vec<_> = (0..2).map(|_| ground.relay_with(&bus, options.clone())).collect();
     let running: Vec<_> =
@@ -81,9 +85,7 @@ async fn terminated_sessions_and_restarts_of_the_server_lose_nothing() {
             insert(&client, &event).await;
             ids.insert(event.meta.id.to_string());
             if number % 20 == 10 {
-                let kill =
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'polybus relay'";
-                client.execute(kill, &[]).await.unwrap();
+                client.run(D::END_SESSIONS).await;
             }
         }
         drop(client);

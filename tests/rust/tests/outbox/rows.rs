@@ -12,13 +12,21 @@ use polybus_core::outbox::relay::{Relay, RelayBatch, RelayOptions, wake};
 use polybus_core::outbox::{Style, Table};
 use polybus_core::{Bus, BusOptions, Error, ErrorKind};
 
+use crate::databases::{Database, Session, on_each_database};
 use crate::ground::{Ground, Memo, event, insert, insert_numbers, insert_text, working};
 
-#[tokio::test]
-async fn rows_are_published_in_order_and_marked() {
+on_each_database!(
+    rows_are_published_in_order_and_marked,
+    what_can_never_be_published_dies_and_blocks_nobody,
+    what_is_refused_is_tried_again_and_dies_when_the_attempts_are_used_up,
+    only_old_delivered_rows_are_purged,
+    its_health_and_metrics_tell_what_happens,
+);
+
+async fn rows_are_published_in_order_and_marked<D: Database>() {
     let _end = EndShared; // the only one here that asks for it
     for transport in ["memory", "sqlite", "redis"] {
-        let (ground, world) = (Ground::new(), World::new(transport));
+        let (ground, world) = (Ground::<D>::on(), World::new(transport));
         let bus = world.bus();
         let (_subscription, mut seen) = listen(&bus, "**", "all").await;
         let events = insert_numbers(&ground.server.connect().await, 5, 0).await;
@@ -34,9 +42,8 @@ async fn rows_are_published_in_order_and_marked() {
     }
 }
 
-#[tokio::test]
-async fn what_can_never_be_published_dies_and_blocks_nobody() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn what_can_never_be_published_dies_and_blocks_nobody<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     let large = any_event("order.placed", &format!("\"{}\"", "x".repeat((1 << 20) - 2)));
     let wire = String::from_utf8(codec::encode(&large).unwrap()).unwrap();
@@ -61,7 +68,7 @@ async fn what_can_never_be_published_dies_and_blocks_nobody() {
 
     // Mended and replayed, it is published; what is replayed as it is dies again.
     let good = String::from_utf8(codec::encode(&event(2, None)).unwrap()).unwrap();
-    client.execute("UPDATE polybus_outbox SET event = $1 WHERE event_id = 'no-json'", &[&good]).await.unwrap();
+    client.run(&format!("UPDATE polybus_outbox SET event = '{good}' WHERE event_id = 'no-json'")).await;
     assert_eq!(relay.replay(Some("nobody")).await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(relay.replay(Some("no-type")).await.unwrap(), 1);
     assert_eq!(relay.relay_batch().await.unwrap().malformed, 1);
@@ -71,9 +78,8 @@ async fn what_can_never_be_published_dies_and_blocks_nobody() {
     assert_eq!((relay.purge_dead(Some("no-type")).await.unwrap(), relay.purge_dead(None).await.unwrap()), (1, 1));
 }
 
-#[tokio::test]
-async fn what_is_refused_is_tried_again_and_dies_when_the_attempts_are_used_up() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn what_is_refused_is_tried_again_and_dies_when_the_attempts_are_used_up<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     insert_numbers(&ground.server.connect().await, 3, 0).await;
     bus.refuse(|event| (crate::ground::number(event) == 1).then(|| Error::connection_failed("not this one")));
     let relay = ground.relay(&bus);
@@ -88,14 +94,17 @@ async fn what_is_refused_is_tried_again_and_dies_when_the_attempts_are_used_up()
     assert_eq!(bus.numbers(), [0, 2]);
 }
 
-#[tokio::test]
-async fn only_old_delivered_rows_are_purged() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn only_old_delivered_rows_are_purged<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
-    client.batch_execute("INSERT INTO polybus_outbox (event_id, type, event, status, created_at, delivered_at)
-        SELECT n, 'a', '{}', CASE WHEN n % 10 = 0 THEN 'dead' ELSE 'delivered' END, now() - interval '2 days', now() - interval '2 days'
-        FROM generate_series(1, 5000) n").await.unwrap();
-    client.batch_execute("UPDATE polybus_outbox SET delivered_at = now() WHERE seq <= 100").await.unwrap();
+    let (old, now) = (D::ago(2 * 86_400), D::ago(0));
+    let sql = format!(
+        "INSERT INTO polybus_outbox (event_id, type, event, status, created_at, delivered_at)
+        SELECT n, 'a', '{{}}', CASE WHEN n % 10 = 0 THEN 'dead' ELSE 'delivered' END, {old}, {old} FROM {} ORDER BY n",
+        D::NUMBERS
+    );
+    client.run(&sql).await;
+    client.run(&format!("UPDATE polybus_outbox SET delivered_at = {now} WHERE seq <= 100")).await;
     insert_numbers(&client, 3, 0).await;
     let relay = ground.relay(&bus);
     assert_eq!(relay.relay_batch().await.unwrap().relayed, 3);
@@ -179,9 +188,8 @@ async fn a_notification_wakes_it_and_so_does_a_call() {
     assert_eq!(bus.numbers(), [1, 2, 3]);
 }
 
-#[tokio::test]
-async fn its_health_and_metrics_tell_what_happens() {
-    let (ground, bus) = (Ground::new(), Memo::new());
+async fn its_health_and_metrics_tell_what_happens<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
     let client = ground.server.connect().await;
     let relay = ground.relay(&bus);
     assert!(!relay.health().healthy);

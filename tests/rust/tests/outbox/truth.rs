@@ -10,14 +10,15 @@ use polybus_conformance::{eventually, listen};
 use polybus_core::outbox::relay::RelayOptions;
 use polybus_core::{Bus, BusOptions};
 
+use crate::databases::{Database, Session, on_each_database};
 use crate::ground::{Ground, Memo, event, insert, insert_numbers, working};
 
 /// Eight writers commit in any order, every tenth rolls back, and some roll back to a savepoint.
-async fn writers_and_relays(relays: usize) {
+async fn writers_and_relays<D: Database>(relays: usize) {
     const WRITERS: usize = 8;
     const EACH: usize = 100;
-    let (ground, bus) = (Arc::new(Ground::new()), Memo::new());
-    ground.server.sql("CREATE TABLE orders (id TEXT PRIMARY KEY)");
+    let (ground, bus) = (Arc::new(Ground::<D>::on()), Memo::new());
+    ground.server.sql("CREATE TABLE orders (id VARCHAR(64) PRIMARY KEY)");
     let options = RelayOptions { batch: 20, ..RelayOptions::default() };
     let relays: Vec<_> = (0..relays).map(|_| ground.relay_with(&bus, options.clone())).collect();
     let client = ground.server.connect().await;
@@ -26,60 +27,55 @@ async fn writers_and_relays(relays: usize) {
         for writer in 0..WRITERS {
             let ground = ground.clone();
             writers.push(tokio::spawn(async move {
-                let mut client = ground.server.connect().await;
+                let client = ground.server.connect().await;
                 for number in 0..EACH {
-                    let mut tx = client.transaction().await.unwrap();
+                    client.run("BEGIN").await;
                     let first = event(writer * EACH + number, None);
-                    tx.execute("INSERT INTO orders VALUES ($1)", &[&&*first.meta.id]).await.unwrap();
-                    insert(&tx, &first).await;
+                    client.run(&format!("INSERT INTO orders VALUES ('{}')", first.meta.id)).await;
+                    insert(&client, &first).await;
                     tokio::time::sleep(Duration::from_micros(fastrand::u64(..20_000))).await;
-                    let savepoint = tx.transaction().await.unwrap();
+                    client.run("SAVEPOINT two").await;
                     let second = event(0, None);
-                    savepoint.execute("INSERT INTO orders VALUES ($1)", &[&&*second.meta.id]).await.unwrap();
-                    insert(&savepoint, &second).await;
-                    if fastrand::bool() {
-                        savepoint.commit().await.unwrap();
-                    } else {
-                        savepoint.rollback().await.unwrap();
-                    }
-                    if fastrand::u8(..10) == 0 {
-                        tx.rollback().await.unwrap();
-                    } else {
-                        tx.commit().await.unwrap();
-                    }
+                    client.run(&format!("INSERT INTO orders VALUES ('{}')", second.meta.id)).await;
+                    insert(&client, &second).await;
+                    client.run(["RELEASE SAVEPOINT two", "ROLLBACK TO SAVEPOINT two"][fastrand::usize(..2)]).await;
+                    client.run(if fastrand::u8(..10) == 0 { "ROLLBACK" } else { "COMMIT" }).await;
                 }
             }));
         }
         for writer in writers {
             writer.await.unwrap();
         }
-        let count = client.query_one("SELECT count(*) FROM orders", &[]).await.unwrap().get(0);
+        let count = client.texts("SELECT count(*) FROM orders").await.unwrap()[0].parse().unwrap();
         ground.until_delivered(&client, count).await;
     })
     .await;
-    let rows = client.query("SELECT id FROM orders", &[]).await.unwrap();
-    let committed: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    let committed: HashSet<_> = client.texts("SELECT id FROM orders").await.unwrap().into_iter().collect();
     let ids = bus.ids();
     assert_eq!(ids.len(), committed.len(), "nobody died, so nothing comes twice");
     assert_eq!(ids.into_iter().collect::<HashSet<_>>(), committed);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_row_if_and_only_if_an_event_with_two_relays() {
-    writers_and_relays(2).await;
+on_each_database!(
+    a_row_if_and_only_if_an_event_with_two_relays,
+    a_row_if_and_only_if_an_event_with_eight_relays,
+    a_relay_that_is_killed_at_any_step_loses_nothing,
+    what_commits_late_is_found,
+);
+
+async fn a_row_if_and_only_if_an_event_with_two_relays<D: Database>() {
+    writers_and_relays::<D>(2).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_row_if_and_only_if_an_event_with_eight_relays() {
-    writers_and_relays(8).await;
+async fn a_row_if_and_only_if_an_event_with_eight_relays<D: Database>() {
+    writers_and_relays::<D>(8).await;
 }
 
-#[tokio::test]
-async fn a_relay_that_is_killed_at_any_step_loses_nothing() {
+async fn a_relay_that_is_killed_at_any_step_loses_nothing<D: Database>() {
     let server = RedisServer::start();
     let url = server.url();
     for (step, twice) in [("claimed", 0), ("published", 4), ("settled", 0)] {
-        let ground = Ground::new();
+        let ground = Ground::<D>::on();
         let bus = Bus::new(
             &url,
             BusOptions { bus: format!("killed-{step}-{}", fastrand::u32(..)), ..BusOptions::new("test") },
@@ -107,18 +103,17 @@ async fn a_relay_that_is_killed_at_any_step_loses_nothing() {
     }
 }
 
-#[tokio::test]
-async fn what_commits_late_is_found() {
-    let (ground, bus) = (Ground::new(), Memo::new());
-    let (client, mut slow) = (ground.server.connect().await, ground.server.connect().await);
+async fn what_commits_late_is_found<D: Database>() {
+    let (ground, bus) = (Ground::<D>::on(), Memo::new());
+    let (client, late) = (ground.server.connect().await, ground.server.connect().await);
     let relay = ground.relay(&bus);
-    let late = slow.transaction().await.unwrap();
+    late.run("BEGIN").await;
     insert(&late, &event(0, Some("a"))).await;
     for number in 1..=6 {
         insert(&client, &event(number, Some("b"))).await;
         assert_eq!(relay.relay_batch().await.unwrap().relayed, 1);
     }
-    late.commit().await.unwrap();
+    late.run("COMMIT").await;
     insert(&client, &event(7, Some("a"))).await;
     assert_eq!(relay.relay_batch().await.unwrap().relayed, 2);
     assert_eq!(bus.by_key()["a"], [0, 7]);
