@@ -128,7 +128,7 @@ export declare class NativeInbox {
   /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
   missing(dialect: string): string
   /** The error for a user who lacks a right on it. */
-  denied(dialect: string, relaying: boolean): string
+  denied(dialect: string): string
   /** The error for a database that takes no writes. */
   readOnly(): string
 }
@@ -155,7 +155,7 @@ export declare class NativeOutbox {
   /** The error for a table that cannot be used, as `ts/errors.ts` reads it. */
   missing(dialect: string): string
   /** The error for a user who lacks a right on it. */
-  denied(dialect: string): string
+  denied(dialect: string, relaying: boolean): string
   /** The error for a database that takes no writes. */
   readOnly(): string
 }

@@ -149,7 +149,7 @@ export async function change(
   try {
     return await driver.change?.(sql, params)
   } catch (error) {
-    throw lacksTable(error) ? missing(table, driver.dialect, error) : error
+    throw explained(error, table, driver.dialect) ?? error
   }
 }
 

@@ -200,9 +200,10 @@ def change(driver: Counting, sql: str, params: Any, table: Table, *, what: str, 
     try:
         return driver.change(sql, params)
     except Exception as error:
-        if lacks_table(error):
-            raise table.missing(driver.dialect) from error
-        raise
+        told = explain(error, table, driver.dialect)
+        if told is None:
+            raise
+        raise told from error
 
 
 async def change_async(
@@ -214,9 +215,10 @@ async def change_async(
     try:
         return await driver.change(sql, params)
     except Exception as error:
-        if lacks_table(error):
-            raise table.missing(driver.dialect) from error
-        raise
+        told = explain(error, table, driver.dialect)
+        if told is None:
+            raise
+        raise told from error
 
 
 async def drive_async(driver: AsyncDriver, steps: Steps[T], table: Table, *, what: str, allow_autocommit: bool) -> T:
