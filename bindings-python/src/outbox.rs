@@ -211,7 +211,10 @@ impl PyInbox {
         Ok(to_py(py, &self.0.table().missing(dialect, "Inbox")).into_value(py).into_bound(py).into_any())
     }
 
-    fn denied<'py>(&self, py: Python<'py>, dialect: &str, _relaying: bool) -> PyResult<Bound<'py, PyAny>> {
+    // No relay reads an inbox; the argument is what the outbox takes.
+    #[pyo3(signature = (dialect, relaying))]
+    #[allow(unused_variables, reason = "see above")]
+    fn denied<'py>(&self, py: Python<'py>, dialect: &str, relaying: bool) -> PyResult<Bound<'py, PyAny>> {
         let dialect = Dialect::parse(dialect).map_err(raise(py))?;
         let error = self.0.table().denied(dialect, INBOX_RIGHTS);
         Ok(to_py(py, &error).into_value(py).into_bound(py).into_any())

@@ -142,7 +142,13 @@ for (const dialect of ['postgres', 'mysql'] as const) {
   })
 }
 
-async function connect(dialect: 'postgres' | 'mysql', url: string) {
+/** What both drivers have. */
+interface Client {
+  query(sql: string): Promise<unknown>
+  end(): Promise<void>
+}
+
+async function connect(dialect: 'postgres' | 'mysql', url: string): Promise<Client> {
   if (dialect === 'mysql') return await mysql.createConnection(url)
   const client = new pg.Client(url)
   await client.connect()
