@@ -83,7 +83,7 @@ everywhere('a breaker opens, burns nothing while it is open, and recovers', asyn
   )
   assert.equal((await subscription.stats()).breaker, 'closed')
   await publish(bus, [0, 1, 2, 3, 4, 5])
-  const open = await when(subscription, ({ breaker }) => breaker === 'open')
+  const open = await when(subscription, ({ breaker, running }) => breaker === 'open' && running === 0)
   assert.deepEqual([open.running, open.completed, open.dead, attempts.length], [0, 0, 0, 2])
   assert.match(bus.metrics(), /polybus_breaker_state\{/)
   const end = await when(subscription, ({ breaker, pending }) => breaker === 'closed' && pending === 0)
