@@ -146,8 +146,8 @@ export declare class NativeOutbox {
   one(dialect: string, style: string): string
   /** What the text of `one` stores: the event with this wire form. */
   row(wire: string, dedupeKey: string): Array<string | undefined | null>
-  /** What tells relays that listen that rows were committed. PostgreSQL only. */
-  wake(style: string): string
+  /** What tells relays that listen that rows were committed; nothing if they were told a moment ago. PostgreSQL only. */
+  wake(style: string, now: number): string | null
   /** Statements that make the table. */
   ddl(dialect: string): Array<string>
   /** What fails if and only if the table cannot be used, `{sql, params}`. */

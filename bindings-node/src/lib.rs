@@ -1,7 +1,8 @@
 //! What TypeScript calls in the core; `bindings-node/native/index.d.ts` is generated from here.
 //!
 //! `bridge` is where one JavaScript environment meets the core, `bus` holds the bound methods, `event` the wire forms
-//! that cross, `options` and `error` the conversions, `watch` lets the event loop read answers itself. No policy, no retry and no pattern is decided here.
+//! that cross, `options` and `error` the conversions, `watch` lets the event loop read answers itself. No policy, no
+//! retry and no pattern is decided here.
 
 mod bridge;
 mod bus;

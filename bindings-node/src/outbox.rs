@@ -10,7 +10,7 @@ use polybus_core::codec;
 use polybus_core::error::Result;
 use polybus_core::options::Naming;
 use polybus_core::outbox::table::{INBOX_RIGHTS, OUTBOX_RIGHTS, RELAY_RIGHTS};
-use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Outbox, Param, Statement, Style, relay};
+use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Outbox, Param, Statement, Style};
 use serde_json::{Value, json};
 
 use crate::error::{text, throw};
@@ -99,11 +99,11 @@ impl NativeOutbox {
         row().map_err(throw)
     }
 
-    /// What tells relays that listen that rows were committed. PostgreSQL only.
+    /// What tells relays that listen that rows were committed; nothing if they were told a moment ago. PostgreSQL only.
     #[napi]
-    pub fn wake(&self, style: String) -> napi::Result<String> {
+    pub fn wake(&self, style: String, now: f64) -> napi::Result<Option<String>> {
         let style = Style::parse(&style).map_err(throw)?;
-        Ok(sql(&relay::wake(self.0.table(), style)).to_string())
+        Ok(self.0.wake(style, now as i64).map(|statement| sql(&statement).to_string()))
     }
 
     /// Statements that make the table.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use polybus_core::Event;
 use polybus_core::options::Naming;
 use polybus_core::outbox::table::{INBOX_RIGHTS, OUTBOX_RIGHTS, RELAY_RIGHTS};
-use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Insert, Outbox, Param, Statement, Style, relay};
+use polybus_core::outbox::{Change, Dialect, Entry, Inbox, Insert, Outbox, Param, Statement, Style};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
@@ -97,10 +97,10 @@ impl PyOutbox {
         Ok(self.0.table().outbox_ddl(Dialect::parse(dialect).map_err(raise(py))?))
     }
 
-    /// What tells relays that listen that rows were committed. PostgreSQL only.
-    fn wake(&self, py: Python<'_>, style: &str) -> PyResult<Sql> {
+    /// What tells relays that listen that rows were committed; none if they were told a moment ago. PostgreSQL only.
+    fn wake(&self, py: Python<'_>, style: &str, now: i64) -> PyResult<Option<Sql>> {
         let style = Style::parse(style).map_err(raise(py))?;
-        sql(py, &relay::wake(self.0.table(), style), style)
+        self.0.wake(style, now).map(|statement| sql(py, &statement, style)).transpose()
     }
 
     /// What fails if and only if the table cannot be used.
@@ -211,11 +211,9 @@ impl PyInbox {
         Ok(to_py(py, &self.0.table().missing(dialect, "Inbox")).into_value(py).into_bound(py).into_any())
     }
 
-    // No relay reads an inbox; the argument is what the outbox takes.
-    #[pyo3(signature = (dialect, relaying))]
-    #[allow(unused_variables, reason = "see above")]
     fn denied<'py>(&self, py: Python<'py>, dialect: &str, relaying: bool) -> PyResult<Bound<'py, PyAny>> {
         let dialect = Dialect::parse(dialect).map_err(raise(py))?;
+        let _ = relaying; // no relay reads an inbox
         let error = self.0.table().denied(dialect, INBOX_RIGHTS);
         Ok(to_py(py, &error).into_value(py).into_bound(py).into_any())
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ async def play(request: pytest.FixtureRequest, db: Postgres) -> AsyncIterator[Pl
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polybus.outbox._gap.SECONDS", 0)
+    monkeypatch.setattr("polybus.outbox._wake.monotonic_ns", itertools.count(0, 10_000_000).__next__)
 
 
 @pytest.mark.usefixtures("always")
@@ -94,11 +95,14 @@ async def test_notify_after_the_commit(play: Play, db: Postgres, listener: Liste
 
 
 async def test_it_is_said_once_in_a_while(play: Play, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polybus.outbox._gap.SECONDS", 1000)
-    play.driver.outbox = Outbox()  # one that has a gap of this length from its start
-    for _ in range(3):
-        await play.notify()
-    assert listener.heard() == 1
+    now = 5_000_000_000
+    monkeypatch.setattr("polybus.outbox._wake.monotonic_ns", lambda: now)
+    play.driver.outbox = Outbox()  # one that has said nothing yet
+    for later, heard in ((0, 1), (9, 0), (1, 1)):
+        now += later * 1_000_000
+        for _ in range(3):
+            await play.notify()
+        assert listener.heard() == heard
 
 
 def test_elsewhere_it_does_nothing(tmp_path: Path) -> None:

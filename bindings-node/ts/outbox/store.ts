@@ -42,9 +42,6 @@ export interface StatementOptions {
   dedupeKey?: string | undefined
 }
 
-/** A relay that was woken reads the table until it is empty: more than this is work for nothing. Milliseconds. */
-const GAP = 10
-
 interface Insert {
   statement: Statement
   confirm: Statement | null
@@ -58,7 +55,6 @@ export class Outbox {
   readonly #native: InstanceType<typeof native.NativeOutbox>
   /** What stores one event through a driver that counts, by dialect: kept, so that only its values are asked for. */
   readonly #texts = new Map<Dialect, string>()
-  #notified = -GAP
 
   /** @throws InvalidConfig for a name, an option or a value that is not valid. */
   constructor(options: OutboxOptions = {}) {
@@ -112,10 +108,9 @@ export class Outbox {
     const driver = find(connection, 'notify()', dialect)
     if (driver.dialect !== 'postgres') return
     if (driver.isOpen?.() ?? (await driver.inTransaction())) throw inside()
-    const now = performance.now()
-    if (now - this.#notified < GAP) return
-    this.#notified = now
-    const { sql, params }: Statement = JSON.parse(call(() => this.#native.wake(driver.style)))
+    const text = call(() => this.#native.wake(driver.style, performance.now()))
+    if (text === null) return
+    const { sql, params }: Statement = JSON.parse(text)
     await driver.run(sql, params, false) // Prisma cannot read what it returns
   }
 

@@ -9,8 +9,7 @@ use super::{Bus, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Origin;
 use crate::process;
-use crate::transport::Watched;
-use crate::transport::{Outgoing, Receipt};
+use crate::transport::{Outgoing, Receipt, Watched};
 
 impl Bus {
     /// As [`Bus::publish`] of each event alone, in order, all at the same time: one that fails takes no other with it.

@@ -1,8 +1,11 @@
 //! Events become rows of the outbox: many in one statement, those that are there already absorbed.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::dialect::{Dialect, Style};
+use super::relay;
 use super::statement::{Sql, Statement};
 use super::table::{MAX_ID, MAX_KEY, OUTBOX, Table};
 use crate::codec;
@@ -14,6 +17,9 @@ use crate::process;
 pub const MAX_ROWS: usize = 1000;
 /// Bytes of events after which a further one goes into the next statement: servers limit how large one may be.
 const MAX_BYTES: usize = 8 << 20;
+
+/// Between two wakes, in milliseconds: a relay that was woken reads the table until it is empty, so more is work for nothing.
+const GAP: i64 = 10;
 
 /// Options of an outbox.
 #[derive(Debug, Clone)]
@@ -53,6 +59,8 @@ pub struct Outbox {
     table: Table,
     source: Option<Text>,
     limit: usize,
+    /// When relays may be woken again.
+    quiet_until: Arc<AtomicI64>,
 }
 
 /// One statement that stores events, and how to learn which of them were absorbed.
@@ -88,12 +96,22 @@ impl Outbox {
     /// `InvalidConfig` for a table that is not a name.
     pub fn new(options: &OutboxOptions) -> Result<Self> {
         let source = options.service.as_deref().filter(|service| !service.is_empty()).map(Text::from);
-        Ok(Self { table: Table::parse(&options.table)?, source, limit: options.max_payload_bytes })
+        let (table, quiet_until) = (Table::parse(&options.table)?, Arc::new(AtomicI64::new(i64::MIN)));
+        Ok(Self { table, source, limit: options.max_payload_bytes, quiet_until })
     }
 
     /// The table.
     pub fn table(&self) -> &Table {
         &self.table
+    }
+
+    /// What tells relays that listen, on whatever machine, that rows were committed. None if they were told a moment ago,
+    /// by `now`, in milliseconds of a clock that only goes forward. PostgreSQL only; run it after the commit: within the
+    /// transaction it would make all committing writers of the database wait for each other.
+    pub fn wake(&self, style: Style, now: i64) -> Option<Statement> {
+        let due = |until: i64| (now >= until).then_some(now.saturating_add(GAP));
+        self.quiet_until.fetch_update(Ordering::Relaxed, Ordering::Relaxed, due).ok()?;
+        Some(relay::wake(&self.table, style))
     }
 
     /// Statements that store `entries`: one for up to 1,000 events of together 8 MiB.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from functools import cache
 
-from polybus.outbox._gap import Gap
+from polybus._native import NativeOutbox
+from polybus.outbox._wake import wake
 
-_gaps: dict[str, Gap] = defaultdict(Gap)
+
+@cache
+def _outbox(using: str) -> NativeOutbox:
+    """One of each database, whose relays are woken for themselves."""
+    return NativeOutbox()
 
 
 def poke(using: str) -> None:
     """Tell relays that listen on this database. Otherwise they find the row at their next look."""
     from django.db import connections
 
-    from polybus.django import outbox
-
     connection = connections[using]
-    if connection.vendor == "postgresql" and _gaps[using].over():
+    if connection.vendor == "postgresql" and (statement := wake(_outbox(using), "%s")):
         with connection.cursor() as cursor:
-            cursor.execute(*outbox._native.wake("%s"))
+            cursor.execute(*statement)

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
-from polybus.outbox._gap import Gap
+from polybus._native import NativeOutbox
+from polybus.outbox._wake import wake
 
 KEY = "polybus.outbox.wake"
 """Where a session keeps what to do after its commit, in its `info`."""
 
 
 class Wake(NamedTuple):
-    """What to run on which connection."""
+    """What to wake, over which connection."""
 
     connection: Any
-    gap: Gap
-    statement: tuple[str, Any]
+    outbox: NativeOutbox
+    style: str
 
 
 @cache
@@ -29,21 +30,22 @@ def _listen() -> None:
     event.listen(Session, "after_commit", _committed)
 
 
-def wake_after(session: Session, gap: Gap, statement: tuple[str, Any]) -> None:
-    """Let the session run `statement` in a transaction of its own after its commit."""
+def wake_after(session: Session, outbox: NativeOutbox, style: str) -> None:
+    """Let the session wake relays of `outbox` after its commit, in a transaction of its own."""
     _listen()
-    session.info[KEY] = Wake(session.connection(), gap, statement)
+    session.info[KEY] = Wake(session.connection(), outbox, style)
 
 
 def _committed(session: Session) -> None:
-    wake: Wake | None = session.info.get(KEY)
-    if wake is None:
+    wanted: Wake | None = session.info.get(KEY)
+    if wanted is None:
         return
-    connection, gap, (sql, params) = wake
+    connection, outbox, style = wanted
     if not connection.closed and connection.in_transaction():
         return  # a savepoint was released, or the connection and its transaction are somebody else's
     del session.info[KEY]
-    if not connection.closed and gap.over():
+    if not connection.closed and (statement := wake(outbox, style)):
+        sql, params = statement
         # On the connection that has just committed, before it goes back: a pool may have no other one. What was
         # committed is committed, whatever becomes of this.
         with suppress(Exception):

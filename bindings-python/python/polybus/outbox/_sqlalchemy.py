@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy import TextClause, text  # whoever hands in a session has imported it
 
+from polybus._native import NativeOutbox
 from polybus.errors import InvalidConfig
 from polybus.outbox._commits import wake_after
-from polybus.outbox._gap import Gap
 
 DIALECTS = {"postgresql": "postgres", "sqlite": "sqlite", "mysql": "mysql", "mariadb": "mysql"}
 
@@ -31,9 +31,9 @@ class Alchemy:
         result = self.session.execute(_text(sql), params)
         return list(result.scalars().all()) if result.returns_rows else []
 
-    def after_commit(self, gap: Gap, statement: tuple[str, Any]) -> None:
+    def wake_after(self, outbox: NativeOutbox) -> None:
         if _is_session(self.session):
-            wake_after(self.session, gap, statement)
+            wake_after(self.session, outbox, self.style)
 
     def is_open(self) -> bool:
         return bool(self.session.in_transaction())
@@ -60,9 +60,9 @@ class AsyncAlchemy:
         result = await self.session.execute(_text(sql), params)
         return list(result.scalars().all()) if result.returns_rows else []
 
-    def after_commit(self, gap: Gap, statement: tuple[str, Any]) -> None:
+    def wake_after(self, outbox: NativeOutbox) -> None:
         if _is_session(self.session):
-            wake_after(self.session.sync_session, gap, statement)
+            wake_after(self.session.sync_session, outbox, self.style)
 
     def is_open(self) -> bool:
         return bool(self.session.in_transaction())

@@ -26,7 +26,7 @@ from polybus.outbox._driver import (
     drive_async,
     sync_driver,
 )
-from polybus.outbox._gap import Gap
+from polybus.outbox._wake import wake
 
 __all__ = ["Dialect", "Outbox", "Statement", "Style"]
 
@@ -55,7 +55,6 @@ class Outbox:
     ) -> None:
         self._native = NativeOutbox(table=table, service=service, max_payload_bytes=max_payload_bytes, **unknown)
         self._texts: dict[tuple[str, str], str] = {}
-        self._gap = Gap()
 
     @overload
     def store(
@@ -86,18 +85,8 @@ class Outbox:
         """
         driver = sync_driver(session, "store()")
         if isinstance(event, Event) and (text := self._text(driver)):
-            row = self._native.row(event, dedupe_key)
-            return (
-                change(
-                    cast("Counting", driver),
-                    text,
-                    row,
-                    self._native,
-                    what="the event",
-                    allow_autocommit=allow_autocommit,
-                )
-                == 1
-            )
+            row, counting = self._native.row(event, dedupe_key), cast("Counting", driver)
+            return change(counting, text, row, self._native, what="the event", allow_autocommit=allow_autocommit) == 1
         inserts = self._inserts(driver.dialect, driver.style, event, dedupe_key)
         stored = drive(driver, _steps(inserts), self._native, what="the event", allow_autocommit=allow_autocommit)
         self._wake_after(driver)
@@ -122,14 +111,9 @@ class Outbox:
         """As `store`, on SQLAlchemy's `AsyncSession` or `AsyncConnection`, or one of asyncpg, psycopg or aiosqlite."""
         driver = async_driver(session, "store_async()")
         if isinstance(event, Event) and (text := self._text(driver)):
-            row = self._native.row(event, dedupe_key)
-            allow = allow_autocommit
-            return (
-                await change_async(
-                    cast("AsyncCounting", driver), text, row, self._native, what="the event", allow_autocommit=allow
-                )
-                == 1
-            )
+            row, counting, allow = self._native.row(event, dedupe_key), cast("AsyncCounting", driver), allow_autocommit
+            count = await change_async(counting, text, row, self._native, what="the event", allow_autocommit=allow)
+            return count == 1
         inserts = self._inserts(driver.dialect, driver.style, event, dedupe_key)
         steps = _steps(inserts)
         stored = await drive_async(driver, steps, self._native, what="the event", allow_autocommit=allow_autocommit)
@@ -159,8 +143,8 @@ class Outbox:
         if driver.dialect != "postgres":
             return
         before_notify(driver)
-        if self._gap.over():
-            driver.run(*self._native.wake(driver.style))
+        if statement := wake(self._native, driver.style):
+            driver.run(*statement)
             driver.commit()
 
     async def notify_async(self, session: Any) -> None:
@@ -169,8 +153,8 @@ class Outbox:
         if driver.dialect != "postgres":
             return
         before_notify(driver)
-        if self._gap.over():
-            await driver.run(*self._native.wake(driver.style))
+        if statement := wake(self._native, driver.style):
+            await driver.run(*statement)
             await driver.commit()
 
     def statement(
@@ -201,9 +185,9 @@ class Outbox:
         return self._native.ddl(dialect)
 
     def _wake_after(self, driver: Driver | AsyncDriver) -> None:
-        """Notify after the commit, where the driver tells of it."""
-        if driver.dialect == "postgres" and hasattr(driver, "after_commit"):
-            driver.after_commit(self._gap, self._native.wake(driver.style))
+        """Notify after the commit, where the driver tells of it. None of those counts."""
+        if driver.dialect == "postgres" and hasattr(driver, "wake_after"):
+            driver.wake_after(self._native)
 
     def _text(self, driver: Driver | AsyncDriver) -> str | None:
         """What stores one event through a driver that counts: kept, so that only its values are asked for."""

@@ -127,8 +127,8 @@ fn literal(statement: &Statement) -> String {
             Param::Integer(number) => write!(text, "{number}"),
             Param::Text(value) => {
                 text.push_str("_utf8mb4 x'");
-                value.bytes().for_each(|byte| text.push_str(&format!("{byte:02x}")));
-                write!(text, "'")
+                let digits = value.bytes().try_for_each(|byte| write!(text, "{byte:02x}"));
+                digits.and_then(|()| write!(text, "'"))
             }
         };
         text.push_str(part);

@@ -67,11 +67,10 @@ use crate::dead_letter::{DeadLetter, DeadLetterFilter};
 use crate::error::{Error, Result};
 use crate::event::Text;
 use crate::history::{HistoryEntry, HistoryFilter, ReplayBatch, ReplayStep};
-use crate::transport::Watched;
 use crate::transport::room::Room;
 use crate::transport::{
     Capabilities, Confirm, Durability, GroupSpec, GroupStats, Guarantees, Mailbox, Outgoing, Receipt, Settings, Source,
-    Task, Transport,
+    Task, Transport, Watched,
 };
 
 pub(super) use self::pubsub::open as open_pubsub;
