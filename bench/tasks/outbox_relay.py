@@ -25,7 +25,7 @@ async def main() -> None:
             last = "SELECT status FROM polybus_outbox ORDER BY seq DESC LIMIT 1"
             while db.execute(last).fetchone() != ("delivered",):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-            left = "SELECT 1 FROM polybus_outbox WHERE status IN ('pending', 'claimed') LIMIT 1"
+            left = "SELECT 1 FROM polybus_outbox WHERE status = 'pending' LIMIT 1"
             while db.execute(left).fetchone():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             ended = now()

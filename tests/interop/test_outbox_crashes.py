@@ -142,10 +142,9 @@ def expire(ground: Ground) -> None:
 
 
 def steps(points: list[str]) -> tuple[int, int, int]:
-    """Where a relay has claimed, and where it is about to mark and has marked, among its points."""
-    (claimed,) = (number for number, point in enumerate(points) if "after WITH" in point)
-    (mark,) = (number for number, point in enumerate(points) if "before UPDATE" in point)
-    (marked,) = (number for number, point in enumerate(points) if "after UPDATE" in point)
+    """Where a relay has read what it claimed, and where it is about to mark and has marked, among its points."""
+    _, _, mark = (number for number, point in enumerate(points) if "before WITH" in point)
+    _, claimed, marked = (number for number, point in enumerate(points) if "after WITH" in point)
     assert claimed < mark < marked, points
     return claimed, mark, marked
 

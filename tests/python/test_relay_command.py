@@ -255,7 +255,7 @@ def test_a_signal_lets_it_finish_what_is_under_way(db: Postgres, by: int) -> Non
         until(lambda: status(db) == ["delivered"])
         redis.cli("CLIENT", "PAUSE", "60000", "WRITE")
         store(db, 1)
-        until(lambda: status(db) == ["delivered", "claimed"])
+        until(lambda: status(db) == ["delivered", "pending", "claimed"])
         running.process.send_signal(by)
         redis.cli("CLIENT", "UNPAUSE")
         code, said = running.ended()

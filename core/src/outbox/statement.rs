@@ -15,6 +15,13 @@ pub enum Param {
     Text(String),
 }
 
+impl Param {
+    /// The text, if it is one.
+    pub(crate) fn text(self) -> Option<String> {
+        if let Param::Text(text) = self { Some(text) } else { None }
+    }
+}
+
 impl From<&str> for Param {
     fn from(text: &str) -> Self {
         Param::Text(text.to_owned())

@@ -7,7 +7,7 @@
 //! | `type` | the event's type, for people and dashboards |
 //! | `event` | the wire form of [`crate::codec`], as text: a JSON type would change numbers and refuse `\u0000` |
 //! | `partition_key`, `dedupe_key` | the lane; what makes a second event the same one |
-//! | `status` | `pending` → `claimed` → `delivered` or `dead` |
+//! | `status` | `pending` → `claimed` → `delivered` or `dead`; in PostgreSQL a row stays `pending` while a claim, which is a row of its own there, holds it |
 //! | `attempts`, `visible_at`, `lease_token`, `lease_until`, `last_error`, `delivered_at` | the relay's |
 //! | `created_at` | the database's time of the insert |
 //!
@@ -33,8 +33,8 @@ pub const INBOX_COLUMNS: &str = "consumer, event_id, processed_at";
 pub const OUTBOX_RIGHTS: &str = "SELECT, INSERT";
 /// What marking events takes on the inbox, and purging it.
 pub const INBOX_RIGHTS: &str = "SELECT, INSERT, DELETE";
-/// What a relay takes on the outbox; DELETE is for purging.
-pub const RELAY_RIGHTS: &str = "SELECT, UPDATE, DELETE";
+/// What a relay takes on the outbox.
+pub const RELAY_RIGHTS: &str = "SELECT, INSERT, UPDATE, DELETE";
 
 /// Longest `event_id`, `consumer` and inbox id, in bytes.
 pub const MAX_ID: usize = 255;
@@ -128,7 +128,8 @@ impl Table {
 )"
                 ),
                 self.dedupe_index(dialect),
-                self.index(dialect, "unfinished", "seq", Some(UNFINISHED)),
+                self.index(dialect, "unfinished", "seq", Some("status = 'pending'")),
+                self.index(dialect, "claims", "seq", Some("status = 'claimed'")),
                 self.index(dialect, "dead", "seq", Some(DEAD)),
             ],
             Dialect::Sqlite => vec![

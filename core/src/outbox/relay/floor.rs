@@ -27,6 +27,7 @@ pub(super) struct Floor(Mutex<State>);
 struct State {
     connection: u64,
     value: i64,
+    claims: i64,
     proof: Option<Proof>,
     swept: Option<Instant>,
 }
@@ -43,9 +44,20 @@ impl Floor {
         let mut state = self.of(connection);
         if state.swept.is_none_or(|at| at.elapsed() >= SWEEP) {
             state.swept = Some(Instant::now());
+            state.claims = i64::MIN;
             return i64::MIN;
         }
         if state.value == 0 { i64::MIN } else { state.value }
+    }
+
+    /// No claim that is a record has a lower number. See [`super::record`].
+    pub fn oldest_claim(&self, connection: u64) -> i64 {
+        self.of(connection).claims
+    }
+
+    /// This is the lowest number of a living record.
+    pub fn claims_from(&self, connection: u64, oldest: i64) {
+        self.of(connection).claims = oldest;
     }
 
     /// The transactions that a proof waits for, if one is under way.
@@ -76,7 +88,7 @@ impl Floor {
     fn of(&self, connection: u64) -> MutexGuard<'_, State> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if state.connection != connection {
-            *state = State { connection, ..State::default() };
+            *state = State { connection, claims: i64::MIN, ..State::default() };
         }
         state
     }

@@ -30,6 +30,7 @@ mod mysql_server;
 mod policy;
 mod postgres;
 mod publish;
+mod record;
 mod report;
 mod sql;
 mod store;

@@ -3,17 +3,16 @@
 //! All of them walk the unfinished rows in order of `seq`, over one partial index. Claiming looks at a **window**, the
 //! first so many unfinished rows, and decides everything inside it:
 //!
-//! - `due`: it may be claimed now: it is pending and visible, or whoever claimed it let the lease run out;
+//! - `due`: it may be claimed now: it is visible, and nobody has it, or whoever claimed it let the lease run out;
 //! - `held`: the keys of rows that are not due, because somebody has them or they wait for a retry. Nothing of such a key
 //!   that comes later is taken;
-//! - `pick`: the first due rows that no `held` row stands before. Of these we lock what nobody else locks at this moment;
-//! - `missed`: somebody else was faster. Nothing of such a key that comes later is taken either.
+//! - `pick`: the first due rows that no `held` row stands before.
 //!
 //! So the order of a key needs no lock that outlives the statement and no index of its own: a row that stands earlier is
 //! unfinished in our snapshot and in the window, and either ours, or it holds its key back. What another relay finishes
 //! after our snapshot holds a key back for one round more than needed.
 //!
-//! A second relay that claims at the same moment sees the same window and gets nothing; it comes back a moment later.
+//! What a claim is differs: in PostgreSQL a record ([`super::record`]), elsewhere a mark on each row.
 //!
 //! The text holds no `%`, `?` and `:`, as [`Sql::push`] wants, and numbers travel as lists in one parameter, or in the text
 //! where the dialect has no lists: any driver can run it.
@@ -76,75 +75,20 @@ impl Writer {
         }
     }
 
-    /// Claims rows and answers with `seq, attempts, partition_key, event` of each, in any order. On PostgreSQL one row
-    /// more, without event, tells about the window: rows in it, rows that were picked, and, in place of the key, how many
-    /// rows deep the last of those was.
-    ///
-    /// MySQL takes more than one statement: [`super::mysql_claim`].
+    /// Claims rows and answers with `seq, attempts, partition_key, event` of each, in any order. SQLite only, which has one
+    /// writer at a time: nobody can be faster. Elsewhere it takes more than one statement: [`super::record`],
+    /// [`super::mysql_claim`].
     pub fn claim(&self, wanted: Wanted<'_>) -> Statement {
-        match self.dialect {
-            Dialect::Postgres => self.claim_locking(wanted),
-            Dialect::Sqlite | Dialect::MySql => self.claim_alone(wanted),
-        }
-    }
-
-    /// `win`, `held` and `pick`, after the word WITH.
-    fn choose(&self, sql: &mut Sql, wanted: &Wanted<'_>) {
-        let materialized = if self.dialect == Dialect::Postgres { "MATERIALIZED " } else { "" };
-        sql.push(&format!(
-            "WITH win AS {materialized}(SELECT seq, partition_key, CASE WHEN status = 'pending' THEN visible_at <= "
-        ));
+        let mut sql = self.sql();
+        sql.push("WITH win AS (SELECT seq, partition_key, CASE WHEN status = 'pending' THEN visible_at <= ");
         sql.now().push(" ELSE lease_until <= ").now().push(" END AS due FROM ").push(&self.table());
         sql.push(" WHERE status IN ('pending', 'claimed') AND seq >= ").bind(wanted.floor);
         sql.push(" ORDER BY seq LIMIT ").bind(wanted.window);
         sql.push("), held AS (SELECT partition_key, min(seq) AS first FROM win WHERE NOT due AND partition_key IS NOT NULL GROUP BY partition_key)");
-        sql.push(&format!(", pick AS {materialized}(SELECT w.seq AS seq, w.partition_key AS partition_key FROM win w LEFT JOIN held h ON h.partition_key = w.partition_key WHERE w.due AND (h.first IS NULL OR w.seq < h.first) ORDER BY w.seq LIMIT "));
-        sql.bind(wanted.batch).push(")");
-    }
-
-    fn claim_locking(&self, wanted: Wanted<'_>) -> Statement {
-        let mut sql = self.sql();
-        let table = self.table();
-        self.choose(&mut sql, &wanted);
-        // The state is asked for again: a locked row is read as it is now, not as it was in our snapshot.
-        sql.push(&format!(", locked AS MATERIALIZED (SELECT seq FROM {table} WHERE seq = ANY(ARRAY(SELECT seq FROM pick)) AND (CASE WHEN status = 'pending' THEN visible_at <= "));
-        sql.now()
-            .push(" WHEN status = 'claimed' THEN lease_until <= ")
-            .now()
-            .push(" ELSE false END) FOR UPDATE SKIP LOCKED)");
-        sql.push(", missed AS (SELECT p.partition_key AS partition_key, min(p.seq) AS first FROM pick p WHERE p.partition_key IS NOT NULL AND NOT EXISTS (SELECT 1 FROM locked l WHERE l.seq = p.seq) GROUP BY p.partition_key)");
-        sql.push(", mine AS (SELECT p.seq AS seq FROM pick p JOIN locked l ON l.seq = p.seq LEFT JOIN missed m ON m.partition_key = p.partition_key WHERE m.first IS NULL OR p.seq < m.first)");
-        sql.push(", taken AS (UPDATE ").push(&table).push(" SET status = 'claimed', lease_token = ").bind(wanted.token);
-        sql.push(", lease_until = ").now_plus(wanted.lease_ms);
-        sql.push(" WHERE seq = ANY(ARRAY(SELECT seq FROM mine)) RETURNING seq, attempts, partition_key, event)");
-        sql.push(" SELECT seq, CAST(attempts AS BIGINT), partition_key, event FROM taken UNION ALL SELECT (SELECT count(*) FROM win), (SELECT count(*) FROM pick), CAST((SELECT count(*) FROM win WHERE seq <= (SELECT max(seq) FROM pick)) AS TEXT), NULL");
-        sql.finish()
-    }
-
-    /// For a database with one writer at a time: nobody can be faster.
-    fn claim_alone(&self, wanted: Wanted<'_>) -> Statement {
-        let mut sql = self.sql();
-        self.choose(&mut sql, &wanted);
-        sql.push(" UPDATE ").push(&self.table()).push(" SET status = 'claimed', lease_token = ").bind(wanted.token);
-        sql.push(", lease_until = ").now_plus(wanted.lease_ms);
+        sql.push(", pick AS (SELECT w.seq AS seq FROM win w LEFT JOIN held h ON h.partition_key = w.partition_key WHERE w.due AND (h.first IS NULL OR w.seq < h.first) ORDER BY w.seq LIMIT ");
+        sql.bind(wanted.batch).push(") UPDATE ").push(&self.table()).push(" SET status = 'claimed', lease_token = ");
+        sql.bind(wanted.token).push(", lease_until = ").now_plus(wanted.lease_ms);
         sql.push(" WHERE seq IN (SELECT seq FROM pick) RETURNING seq, attempts, partition_key, event");
-        sql.finish()
-    }
-
-    /// Claims rows that come after `after`, with the answer of [`Writer::claim`] and no row about a window: for the time
-    /// while the rows up to there are under way, when no key is among them. It stops before the first row with a key,
-    /// because who stands before that one is for [`Writer::claim`] to find out. PostgreSQL only.
-    pub fn claim_ahead(&self, after: i64, wanted: Wanted<'_>) -> Statement {
-        let mut sql = self.sql();
-        let table = self.table();
-        sql.push("WITH next AS MATERIALIZED (SELECT ctid, seq, partition_key FROM ").push(&table);
-        sql.push(" WHERE status = 'pending' AND visible_at <= ").now().push(" AND seq > ").bind(after);
-        sql.push(" ORDER BY seq LIMIT ").bind(wanted.batch).push(" FOR UPDATE SKIP LOCKED)");
-        sql.push(" UPDATE ").push(&table).push(" SET status = 'claimed', lease_token = ").bind(wanted.token);
-        sql.push(", lease_until = ").now_plus(wanted.lease_ms);
-        // By place, which spares a way through the index for each row.
-        sql.push(" WHERE ctid = ANY(ARRAY(SELECT ctid FROM next WHERE seq < coalesce((SELECT min(seq) FROM next WHERE partition_key IS NOT NULL), 9223372036854775807)))");
-        sql.push(" RETURNING seq, CAST(attempts AS BIGINT), partition_key, event");
         sql.finish()
     }
 
@@ -152,8 +96,8 @@ impl Writer {
     /// on columns count: whether they are enough is seen when they are used.
     pub fn lacking(&self) -> Statement {
         let mut sql = self.sql();
-        sql.push("SELECT string_agg(r, ', '), CAST(current_user AS TEXT) FROM unnest(ARRAY['SELECT', 'UPDATE']) AS r WHERE NOT has_any_column_privilege(CAST(CAST(");
-        sql.bind(self.table()).push(" AS TEXT) AS regclass), r)");
+        sql.push("SELECT string_agg(r, ', '), CAST(current_user AS TEXT) FROM (SELECT CAST(CAST(");
+        sql.bind(self.table()).push(" AS TEXT) AS regclass) AS t) o, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r WHERE NOT CASE r WHEN 'DELETE' THEN has_table_privilege(t, r) ELSE has_any_column_privilege(t, r) END");
         sql.finish()
     }
 
@@ -218,10 +162,17 @@ impl Writer {
     pub fn stats(&self) -> Statement {
         let mut sql = self.sql();
         let table = self.table();
-        sql.push("SELECT count(*), count(CASE WHEN status = 'claimed' THEN 1 END), count(CASE WHEN status = 'pending' AND visible_at > ");
+        let (claimed, unfinished) = match self.dialect {
+            Dialect::Postgres => (self.held_by_records(), "'pending'"),
+            Dialect::Sqlite | Dialect::MySql => {
+                ("count(CASE WHEN status = 'claimed' THEN 1 END)".into(), "'pending', 'claimed'")
+            }
+        };
+        sql.push("SELECT count(*), ").push(&claimed);
+        sql.push(", count(CASE WHEN status = 'pending' AND visible_at > ");
         sql.now().push(" THEN 1 END), (SELECT count(*) FROM ").push(&table).push(" WHERE status = 'dead'), ");
         self.millis(&mut sql, "min(created_at)", true);
-        sql.push(" FROM ").push(&table).push(" WHERE status IN ('pending', 'claimed')");
+        sql.push(" FROM ").push(&table).push(&format!(" WHERE status IN ({unfinished})"));
         sql.finish()
     }
 
@@ -334,11 +285,11 @@ impl Writer {
         sql.finish()
     }
 
-    /// The first unfinished `seq` from `floor` to `below`, or `below`.
+    /// The first unfinished `seq` from `floor` to `below`, or `below`. PostgreSQL only.
     pub fn first(&self, floor: i64, below: i64) -> Statement {
         let mut sql = self.sql();
         sql.push("SELECT coalesce((SELECT seq FROM ").push(&self.table());
-        sql.push(" WHERE status IN ('pending', 'claimed') AND seq >= ").bind(floor).push(" AND seq < ").bind(below);
+        sql.push(" WHERE status = 'pending' AND seq >= ").bind(floor).push(" AND seq < ").bind(below);
         sql.push(" ORDER BY seq LIMIT 1), ").bind(below).push(")");
         sql.finish()
     }

@@ -179,32 +179,57 @@ impl Store {
         let window = self.window.load(Ordering::Relaxed).max(batch * 2);
         let floor = self.floor.value(self.executor.connection());
         let wanted = Wanted { floor, window, batch, lease_ms: millis(lease), token: &token };
-        if self.writer.dialect == Dialect::MySql {
-            return self.claim_in_steps(wanted).await;
+        match self.writer.dialect {
+            Dialect::Postgres => self.claim_by_record(wanted).await,
+            Dialect::MySql => self.claim_in_steps(wanted).await,
+            Dialect::Sqlite => self.claim_at_once(wanted).await,
         }
+    }
+
+    async fn claim_at_once(&self, wanted: Wanted<'_>) -> Result<Claim> {
         let answer = self.run(self.writer.claim(wanted)).await?;
-        let mut rows = Vec::with_capacity(answer.rows.len());
-        let mut seen = None;
-        for mut row in answer.rows {
-            row.iter_mut().take(2).for_each(as_integer);
-            match <[Param; 4]>::try_from(row) {
-                Ok([Param::Integer(count), Param::Integer(picked), depth, Param::Null]) => {
-                    let depth = if let Param::Text(depth) = depth { depth.parse().unwrap_or(0) } else { 0 };
-                    seen = Some((count, picked, depth));
-                }
-                Ok([seq, attempts, key, event]) => rows.push(claimed(seq, attempts, key, event)?),
-                _ => return Err(strange()),
-            }
-        }
+        let mut rows = answer.rows.into_iter().map(claimed).collect::<Result<Vec<_>>>()?;
         rows.sort_unstable_by_key(|row| row.seq);
-        let taken = rows.len() as i64;
-        let (count, picked, depth) = match seen {
-            Some(seen) => seen,
-            None if taken == batch => (window, taken, window),
-            None => (number(&self.run(self.writer.open(floor, window)).await?, 0)?, taken, taken),
+        let picked = rows.len() as i64;
+        let (count, depth) = match picked == wanted.batch {
+            true => (wanted.window, wanted.window),
+            false => (number(&self.run(self.writer.open(wanted.floor, wanted.window)).await?, 0)?, picked),
         };
         let again = self.seen(wanted, Seen { count, picked, depth });
         Ok(Claim { token: wanted.token.to_owned(), again: again && rows.is_empty(), rows })
+    }
+
+    /// See [`super::record`].
+    async fn claim_by_record(&self, wanted: Wanted<'_>) -> Result<Claim> {
+        let connection = self.executor.connection();
+        let oldest = self.floor.oldest_claim(connection);
+        let answer = self.run(self.writer.record(wanted, oldest)).await?;
+        let column = |column| number(&answer, column);
+        let token = wanted.token.to_owned();
+        if column(0)? == 0 {
+            return Ok(Claim { token, again: true, rows: Vec::new() });
+        }
+        let seen = Seen { count: column(1)?, picked: column(2)?, depth: column(3)? };
+        let again = self.seen(wanted, seen) || column(4)? > 0;
+        let mut rows = Vec::new();
+        if seen.picked > 0 {
+            let mut missed = HashSet::new();
+            for mut row in self.run(self.writer.held(&token, oldest)).await?.rows {
+                self.floor.claims_from(connection, integer(row.pop().as_ref())?);
+                if let Some(Param::Null) = row.get(3) {
+                    missed.extend(row.swap_remove(2).text());
+                    continue;
+                }
+                let row = claimed(row)?;
+                if row.key.as_ref().is_none_or(|key| !missed.contains(key)) {
+                    rows.push(row);
+                }
+            }
+            if rows.is_empty() {
+                self.run(self.writer.end(&token, &[], &[])).await?;
+            }
+        }
+        Ok(Claim { token, again: again && rows.is_empty(), rows })
     }
 
     /// Adapts the window to what was seen in it. Whether an empty claim is no reason to wait.
@@ -234,7 +259,7 @@ impl Store {
             if event == Param::Null || seen.picked == wanted.batch {
                 continue;
             }
-            rows.push(claimed(seq, attempts, key, event)?);
+            rows.push(claimed(vec![seq, attempts, key, event])?);
             (seen.picked, seen.depth, time) = (rows.len() as i64, depth, now);
         }
         let again = self.seen(wanted, seen);
@@ -268,28 +293,9 @@ impl Store {
         Ok(Claim { token, again: again && rows.is_empty(), rows })
     }
 
-    /// Claims rows without a key that come after the row `after`, while those up to there are under way; see
-    /// [`Writer::claim_ahead`]. `None` where the database gains nothing by it.
-    pub async fn claim_ahead(&self, after: i64, batch: usize, lease: Duration) -> Option<Result<Claim>> {
-        if self.writer.dialect != Dialect::Postgres {
-            return None;
-        }
-        let token = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
-        let wanted = Wanted { floor: 0, window: 0, batch: batch as i64, lease_ms: millis(lease), token: &token };
-        let taken = self.run(self.writer.claim_ahead(after, wanted)).await.and_then(|answer| {
-            let mut rows = Vec::with_capacity(answer.rows.len());
-            for row in answer.rows {
-                let Ok([Param::Integer(seq), Param::Integer(attempts), Param::Null, Param::Text(event)]) =
-                    <[Param; 4]>::try_from(row)
-                else {
-                    return Err(strange());
-                };
-                rows.push(Row { seq, attempts: u32::try_from(attempts).unwrap_or(0), key: None, event: event.into() });
-            }
-            rows.sort_unstable_by_key(|row| row.seq);
-            Ok(rows)
-        });
-        Some(taken.map(|rows| Claim { token, rows, again: false }))
+    /// Whether claims are records, and so cheap enough to make the next one while this one is published.
+    pub fn claims_are_records(&self) -> bool {
+        self.writer.dialect == Dialect::Postgres
     }
 
     /// Moves the lower end of what claims look at. Called now and then.
@@ -322,16 +328,40 @@ impl Store {
         Ok(self.run(self.writer.delivered(token, seqs, again)).await?.affected)
     }
 
-    pub async fn give_back(&self, token: &str, seqs: &[i64]) -> Result<u64> {
-        Ok(self.run(self.writer.give_back(token, seqs)).await?.affected)
-    }
-
+    /// Says that one row failed, likewise.
     pub async fn failed(&self, token: &str, verdict: &Verdict) -> Result<u64> {
         Ok(self.run(self.writer.failed(token, verdict)).await?.affected)
     }
 
-    pub async fn extend(&self, token: &str, seqs: &[i64], lease: Duration) -> Result<u64> {
-        Ok(self.run(self.writer.extend(token, seqs, millis(lease))).await?.affected)
+    /// Ends a claim that is a record: these rows were delivered, these failed, the others go back. Resolves to how many of
+    /// the first were still ours, or `None` if the claim was not. `again`: a first try got no answer, and may have worked.
+    pub async fn end(&self, token: &str, delivered: &[i64], failed: &[Verdict], again: bool) -> Result<Option<u64>> {
+        let answer = self.run(self.writer.end(token, delivered, failed)).await?;
+        if number(&answer, 0)? > 0 {
+            return Ok(Some(number(&answer, 1)?.unsigned_abs()));
+        }
+        if !again {
+            return Ok(None);
+        }
+        let marked = number(&self.run(self.writer.marked(token, delivered)).await?, 0)?.unsigned_abs();
+        Ok((marked > 0).then_some(marked))
+    }
+
+    /// Gives rows back, all of a claim if it is a record. Resolves to how many of them were still ours.
+    pub async fn give_back(&self, token: &str, seqs: &[i64]) -> Result<u64> {
+        if self.claims_are_records() {
+            return Ok(self.end(token, &[], &[], false).await?.map_or(0, |_| seqs.len() as u64));
+        }
+        Ok(self.run(self.writer.give_back(token, seqs)).await?.affected)
+    }
+
+    /// Holds a claim for another lease.
+    pub async fn extend(&self, token: &str, seqs: &[i64], lease: Duration) -> Result<()> {
+        let lease = millis(lease);
+        let records = self.claims_are_records();
+        self.run(if records { self.writer.renew(token, lease) } else { self.writer.extend(token, seqs, lease) })
+            .await?;
+        Ok(())
     }
 
     pub async fn stats(&self) -> Result<RelayStats> {
@@ -374,12 +404,13 @@ impl Store {
     }
 }
 
-fn claimed(seq: Param, attempts: Param, key: Param, event: Param) -> Result<Row> {
-    let (Param::Integer(seq), Param::Integer(attempts), Param::Text(event)) = (seq, attempts, event) else {
+fn claimed(mut row: Vec<Param>) -> Result<Row> {
+    row.iter_mut().take(2).for_each(as_integer);
+    let Ok([Param::Integer(seq), Param::Integer(attempts), key, Param::Text(event)]) = <[Param; 4]>::try_from(row)
+    else {
         return Err(strange());
     };
-    let key = if let Param::Text(key) = key { Some(key) } else { None };
-    Ok(Row { seq, attempts: u32::try_from(attempts).unwrap_or(0), key, event: Bytes::from(event) })
+    Ok(Row { seq, attempts: u32::try_from(attempts).unwrap_or(0), key: key.text(), event: Bytes::from(event) })
 }
 
 fn dead_row(row: Vec<Param>) -> Result<DeadRow> {

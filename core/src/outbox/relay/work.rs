@@ -1,7 +1,7 @@
 //! The relay's loop: claim, publish, end the claim.
 //!
 //! Ending one claim and making the next go to the database together, so it never waits for us between the two. In a
-//! backlog of rows without keys it works even while we publish: it ends the claim before, and makes the one after.
+//! backlog PostgreSQL works even while we publish: it ends the claim before, and makes the one after.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use super::publish::{Published, publish};
 use super::report::RelayBatch;
 use super::store::{Claim, Store};
 use super::{Live, Relay, Source};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// The first pause after rows were found, and the one between tries to mark them.
 const SHORT: Duration = Duration::from_millis(2);
@@ -32,9 +32,16 @@ impl Relay {
     pub async fn relay_batch(&self) -> Result<RelayBatch> {
         let live = self.live();
         let store = &live.stores[0];
-        let claimed = self.claim(live, store).await;
-        live.counters.looked(claimed.as_ref().err());
-        let claim = claimed.map_err(|error| error.during("relay"))?;
+        let mut hasty = SHORT;
+        let claim = loop {
+            let claimed = self.claim(live, store).await;
+            live.counters.looked(claimed.as_ref().err());
+            let claim = claimed.map_err(|error| error.during("relay"))?;
+            if !claim.again || hasty >= AWAY.0 {
+                break claim;
+            }
+            tokio::time::sleep(hurried(&mut hasty)).await;
+        };
         if claim.rows.is_empty() {
             return Ok(RelayBatch::default());
         }
@@ -100,7 +107,7 @@ impl Relay {
 
     async fn work(&self, live: &Live, store: &Store, stop: watch::Receiver<u64>) {
         let _counted = Counted::new(&live.counters.workers);
-        let (mut away, mut idle) = (AWAY.0, SHORT);
+        let (mut away, mut idle, mut hasty) = (AWAY.0, SHORT, SHORT);
         let mut moved = Instant::now();
         // What is claimed, and since when; what was published while that was done.
         let (mut next, mut before) = (None::<(Result<Claim>, Instant)>, None);
@@ -138,15 +145,19 @@ impl Relay {
                 log::info!("the relay has its database again");
             }
             if claim.rows.is_empty() {
-                let pause = if claim.again { SHORT.mul_f64(0.5 + fastrand::f64()) } else { idle };
-                // Another worker, or another relay, has what there is: that is no reason to fall asleep.
-                if !claim.again {
+                let pause = if claim.again {
+                    // Another worker, or another relay, has what there is: that is no reason to fall asleep.
+                    hurried(&mut hasty)
+                } else {
+                    hasty = SHORT;
+                    let pause = idle;
                     idle = idle.mul_f64(1.5).min(self.0.options.poll_interval.max(SHORT));
-                }
+                    pause
+                };
                 rest(pause, &stop, live.wake.notified()).await;
             } else {
-                idle = SHORT;
-                let after = self.looks_ahead(&claim).filter(|_| moved.elapsed() < ADVANCE);
+                (idle, hasty) = (SHORT, SHORT);
+                let looks_ahead = self.looks_ahead(store, &claim) && moved.elapsed() < ADVANCE;
                 // Polled in this order, so the database sees them in this order; the last takes the thread for a while.
                 let ((), ahead, published) = tokio::join!(
                     async {
@@ -155,11 +166,11 @@ impl Relay {
                         }
                     },
                     async {
-                        let claimed = self.claim_ahead(live, store, after?).await?;
+                        let claimed = if looks_ahead { self.claim(live, store).await } else { return None };
                         Some((claimed, Instant::now()))
                     },
                     async {
-                        if after.is_some() {
+                        if looks_ahead {
                             tokio::task::yield_now().await;
                         }
                         self.publish(store, claim, since).await
@@ -209,20 +220,10 @@ impl Relay {
         Ok(claim)
     }
 
-    /// After which row the next claim may begin while these are published: when they are as many as fit, so that there
-    /// are likely more, and no key is among them, which would have to wait for how they end.
-    fn looks_ahead(&self, claim: &Claim) -> Option<i64> {
-        let full = claim.rows.len() == self.0.options.batch && claim.rows.iter().all(|row| row.key.is_none());
-        if full && self.0.options.lease >= ROOMY { claim.rows.last().map(|row| row.seq) } else { None }
-    }
-
-    async fn claim_ahead(&self, live: &Live, store: &Store, after: i64) -> Option<Result<Claim>> {
-        let _one = live.claiming.lock().await;
-        let claimed = store.claim_ahead(after, self.0.options.batch, self.0.options.lease).await?;
-        if claimed.as_ref().is_ok_and(|claim| !claim.rows.is_empty()) {
-            self.probe("claimed");
-        }
-        Some(claimed)
+    /// Whether to make the next claim while this one is published: when it is full, so that there is likely more.
+    fn looks_ahead(&self, store: &Store, claim: &Claim) -> bool {
+        let full = claim.rows.len() == self.0.options.batch;
+        full && store.claims_are_records() && self.0.options.lease >= ROOMY
     }
 
     async fn give_back(&self, store: &Store, claim: Claim) {
@@ -230,7 +231,7 @@ impl Relay {
         if !seqs.is_empty()
             && let Err(error) = store.give_back(&claim.token, &seqs).await
         {
-            log::warn!("{} rows of the outbox stay claimed until their lease is over: {error}", seqs.len());
+            stay_claimed(seqs.len(), &error);
         }
     }
 
@@ -246,7 +247,7 @@ impl Relay {
                 tokio::time::sleep(lease / 3).await;
                 let now = Instant::now();
                 match store.extend(&token, &seqs, lease).await {
-                    Ok(_) => *leased.lock().unwrap_or_else(PoisonError::into_inner) = now,
+                    Ok(()) => *leased.lock().unwrap_or_else(PoisonError::into_inner) = now,
                     Err(error) => log::debug!("the lease of {} rows was not extended: {error}", seqs.len()),
                 }
             }
@@ -266,13 +267,6 @@ impl Relay {
     /// Ends a claim as its publish ended. While the database does not answer it tries again, as long as the lease
     /// certainly lasts: what is not marked is published twice.
     async fn settle(&self, store: &Store, done: Published) -> RelayBatch {
-        let Published { token, delivered, failed, back, .. } = &done;
-        let until = done.leased_until.unwrap_or_else(Instant::now);
-        let marked = persist(until, |again| store.delivered(token, delivered, again), delivered.len());
-        let returned = persist(until, |_| store.give_back(token, back), back.len());
-        let failed = failed.iter().map(|verdict| persist(until, move |_| store.failed(token, verdict), 1));
-        // Polled in this order, so the database sees them in this order.
-        let (marked, returned, failed) = tokio::join!(marked, returned, futures_util::future::join_all(failed));
         let mut batch = RelayBatch {
             attempted: done.attempted,
             publish_failed: done.refused,
@@ -281,44 +275,82 @@ impl Relay {
             outage: done.outage.as_ref().map(ToString::to_string),
             ..RelayBatch::default()
         };
+        if store.claims_are_records() {
+            self.settle_record(store, &done, &mut batch).await;
+        } else {
+            self.settle_rows(store, &done, &mut batch).await;
+        }
+        self.probe("settled");
+        batch
+    }
+
+    async fn settle_record(&self, store: &Store, done: &Published, batch: &mut RelayBatch) {
+        let Published { token, delivered, failed, back, .. } = done;
+        let until = done.leased_until.unwrap_or_else(Instant::now);
+        let ended = persist(until, |again| store.end(token, delivered, failed, again)).await;
+        match ended {
+            Ok(Some(ours)) => {
+                (batch.relayed, batch.returned) = (ours, back.len() as u64);
+                batch.ownership_mismatches = (delivered.len() as u64).saturating_sub(ours);
+            }
+            Ok(None) => batch.ownership_mismatches = done.attempted,
+            Err(error) if delivered.is_empty() => stay_claimed(back.len() + failed.len(), &error),
+            Err(error) => not_marked(batch, delivered.len(), &error),
+        }
+    }
+
+    async fn settle_rows(&self, store: &Store, done: &Published, batch: &mut RelayBatch) {
+        let Published { token, delivered, failed, back, .. } = done;
+        let until = done.leased_until.unwrap_or_else(Instant::now);
+        let marked = async {
+            if delivered.is_empty() {
+                Ok(0)
+            } else {
+                persist(until, |again| store.delivered(token, delivered, again)).await
+            }
+        };
+        let returned =
+            async { if back.is_empty() { Ok(0) } else { persist(until, |_| store.give_back(token, back)).await } };
+        let failed = failed.iter().map(|verdict| persist(until, move |_| store.failed(token, verdict)));
+        // Polled in this order, so the database sees them in this order.
+        let (marked, returned, failed) = tokio::join!(marked, returned, futures_util::future::join_all(failed));
         match marked {
             Ok(ours) => {
                 batch.relayed = ours;
                 batch.ownership_mismatches += (delivered.len() as u64).saturating_sub(ours);
             }
-            Err(error) => {
-                batch.ack_failed = delivered.len() as u64;
-                log::error!("{} events were published and not marked, and will be again: {error}", delivered.len());
-            }
+            Err(error) => not_marked(batch, delivered.len(), &error),
         }
         match returned {
             Ok(ours) => {
                 batch.returned = ours;
                 batch.ownership_mismatches += (back.len() as u64).saturating_sub(ours);
             }
-            Err(error) => {
-                log::warn!("{} rows of the outbox stay claimed until their lease is over: {error}", back.len())
-            }
+            Err(error) => stay_claimed(back.len(), &error),
         }
         for outcome in failed {
             match outcome {
                 Ok(ours) => batch.ownership_mismatches += 1_u64.saturating_sub(ours),
-                Err(error) => log::warn!("a failed row of the outbox stays claimed until its lease is over: {error}"),
+                Err(error) => stay_claimed(1, &error),
             }
         }
-        self.probe("settled");
-        batch
     }
 }
 
+fn not_marked(batch: &mut RelayBatch, rows: usize, error: &Error) {
+    batch.ack_failed = rows as u64;
+    log::error!("{rows} events were published and not marked, and will be again: {error}");
+}
+
+fn stay_claimed(rows: usize, error: &Error) {
+    log::warn!("{rows} rows of the outbox stay claimed until their lease is over: {error}");
+}
+
 /// Calls `statement` until it has an answer, or the lease is over.
-async fn persist<F>(until: Instant, statement: impl Fn(bool) -> F, rows: usize) -> Result<u64>
+async fn persist<F, T>(until: Instant, statement: impl Fn(bool) -> F) -> Result<T>
 where
-    F: Future<Output = Result<u64>>,
+    F: Future<Output = Result<T>>,
 {
-    if rows == 0 {
-        return Ok(0);
-    }
     let mut pause = SHORT;
     let mut again = false;
     loop {
@@ -347,6 +379,13 @@ async fn rest(pause: Duration, stop: &watch::Receiver<u64>, woken: impl Future<O
 fn jittered(pause: &mut Duration) -> Duration {
     let now = pause.mul_f64(0.5 + fastrand::f64());
     *pause = (*pause * 2).min(AWAY.1);
+    now
+}
+
+/// The pause before a claim is made again. It grows, because whoever has the turn to claim may stand still with it.
+fn hurried(hasty: &mut Duration) -> Duration {
+    let now = hasty.mul_f64(0.5 + fastrand::f64());
+    *hasty = hasty.mul_f64(1.2).min(AWAY.0);
     now
 }
 

@@ -54,12 +54,11 @@ async fn a_user_that_lacks_a_right_is_told_which_and_what_to_grant() {
     ground.server.sql(add);
     let options = RelayOptions { table: "app.outbox".into(), ..RelayOptions::default() };
     let new = || Relay::new(&ground.server.url_of("shop:secret"), Memo::new(), options.clone()).unwrap();
-    let whole =
-        "GRANT USAGE ON SCHEMA \"app\" TO \"shop\"; GRANT SELECT, UPDATE, DELETE ON \"app\".\"outbox\" TO \"shop\"";
+    let whole = "GRANT USAGE ON SCHEMA \"app\" TO \"shop\"; GRANT SELECT, INSERT, UPDATE, DELETE ON \"app\".\"outbox\" TO \"shop\"";
     for (given, lacking) in [
         ("SELECT 1", "schema app"),
         ("GRANT USAGE ON SCHEMA app TO shop", "table outbox"),
-        ("GRANT SELECT ON app.outbox TO shop", "lacks UPDATE on the table app.outbox"),
+        ("GRANT SELECT ON app.outbox TO shop", "lacks INSERT, UPDATE, DELETE on the table app.outbox"),
     ] {
         ground.server.sql(given);
         // It ends before it has claimed anything, and instead of waiting for somebody to grant it.
@@ -72,14 +71,14 @@ async fn a_user_that_lacks_a_right_is_told_which_and_what_to_grant() {
         let error = relay.relay_batch().await.unwrap_err();
         assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains("GRANT"), "{error}");
     }
-    // To relay takes no more, to purge it does; and what the error says to run is right.
-    ground.server.sql("GRANT UPDATE ON app.outbox TO shop");
+    ground.server.sql("GRANT INSERT, UPDATE ON app.outbox TO shop");
+    let error = new().check().await.unwrap_err();
+    assert!(error.message().contains("lacks DELETE on the table app.outbox"), "{error}");
+    // What the error says to run is right.
+    ground.server.sql(whole);
     let relay = new();
     relay.check().await.unwrap();
     assert_eq!(relay.relay_batch().await.unwrap().dead_lettered, 1);
-    let error = relay.purge_dead(None).await.unwrap_err();
-    assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains(whole), "{error}");
-    ground.server.sql(whole);
     assert_eq!(relay.replay(None).await.unwrap(), 1);
     assert_eq!(relay.relay_batch().await.unwrap().dead_lettered, 1);
     assert_eq!(relay.purge_dead(None).await.unwrap(), 1);
@@ -88,7 +87,7 @@ async fn a_user_that_lacks_a_right_is_told_which_and_what_to_grant() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_taken_away_is_waited_for() {
     let (ground, bus) = (Ground::new(), Memo::new());
-    ground.server.sql("GRANT SELECT, UPDATE ON polybus_outbox TO shop");
+    ground.server.sql("GRANT SELECT, INSERT, UPDATE, DELETE ON polybus_outbox TO shop");
     let relay = Relay::new(&ground.server.url_of("shop:secret"), bus.clone(), RelayOptions::default()).unwrap();
     let client = ground.server.connect().await;
     working(std::slice::from_ref(&relay), async {
@@ -97,7 +96,7 @@ async fn a_right_that_is_taken_away_is_waited_for() {
         ground.server.sql("REVOKE UPDATE ON polybus_outbox FROM shop");
         insert(&client, &event(2, None)).await;
         eventually("it says so", || async {
-            Ok(relay.health().why().iter().any(|why| why.contains("GRANT SELECT, UPDATE, DELETE")))
+            Ok(relay.health().why().iter().any(|why| why.contains("GRANT SELECT, INSERT, UPDATE, DELETE")))
         })
         .await;
         ground.server.sql("GRANT UPDATE ON polybus_outbox TO shop");
@@ -121,7 +120,7 @@ async fn a_database_that_only_reads_is_waited_for() {
     // A setting of the user holds for sessions that begin later.
     ground
         .server
-        .sql("GRANT SELECT, UPDATE ON polybus_outbox TO shop; ALTER ROLE shop SET default_transaction_read_only = on");
+        .sql("GRANT SELECT, INSERT, UPDATE, DELETE ON polybus_outbox TO shop; ALTER ROLE shop SET default_transaction_read_only = on");
     let relay = Relay::new(&ground.server.url_of("shop:secret"), bus.clone(), RelayOptions::default()).unwrap();
     says_read_only(&relay.relay_batch().await.unwrap_err());
     working(std::slice::from_ref(&relay), async {
@@ -162,7 +161,7 @@ async fn a_user_that_may_only_read_is_told_what_to_grant<D: Database>() {
     let url = ground.server.url_of("shop:secret");
     let error = relay(&url).relay_batch().await.unwrap_err();
     assert!(error.kind() == ErrorKind::AuthFailed && error.message().contains("GRANT"), "{error}");
-    ground.server.sql("GRANT UPDATE, DELETE ON polybus_outbox TO shop");
+    ground.server.sql("GRANT INSERT, UPDATE, DELETE ON polybus_outbox TO shop");
     assert_eq!(relay(&url).relay_batch().await.unwrap().relayed, 1);
     insert(&ground.server.connect().await, &event(2, None)).await;
     says_read_only(&relay(&ground.server.read_only_url()).relay_batch().await.unwrap_err());
