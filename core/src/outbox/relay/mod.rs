@@ -118,14 +118,23 @@ struct Inner {
 
 /// What one process has of it.
 struct Live {
-    /// For calls, and for each worker.
-    stores: Vec<Store>,
+    /// For calls.
+    store: Store,
+    workers: Vec<Desk>,
     /// Rows may be there.
     wake: Arc<tokio::sync::Notify>,
     stop: tokio::sync::watch::Sender<u64>,
     /// Workers of one process do not get into each other's way.
     claiming: tokio::sync::Mutex<()>,
     counters: Counters,
+}
+
+/// What a worker has.
+struct Desk {
+    store: Store,
+    /// Where it ends claims while it makes the next: in a backlog PostgreSQL's work is what limits, and two sessions are
+    /// two processes there.
+    marks: Store,
 }
 
 impl Relay {
@@ -186,8 +195,10 @@ impl Relay {
                 };
                 Store::new(executor, self.0.table.clone(), Floor::default())
             };
+            let desk = || Desk { store: store(), marks: store() };
             Live {
-                stores: std::iter::repeat_with(store).take(workers + 1).collect(),
+                store: store(),
+                workers: std::iter::repeat_with(desk).take(workers).collect(),
                 wake: Arc::default(),
                 stop: tokio::sync::watch::Sender::new(0),
                 claiming: tokio::sync::Mutex::default(),
@@ -197,7 +208,7 @@ impl Relay {
     }
 
     fn store(&self) -> &Store {
-        &self.live().stores[0]
+        &self.live().store
     }
 
     fn probe(&self, step: &'static str) {

@@ -1,13 +1,15 @@
 //! A connection to PostgreSQL that comes back by itself.
 //!
-//! Statements go out as parse, bind and execute in one write and have no name on the server, so PgBouncer may hand each
-//! of them to another session, and every plan is made for the numbers at hand. What we want of the session is asked for
-//! when the connection is made, never with `SET`, which in a pool would stay behind for the application. A pool that
-//! refuses such wishes is used without them.
+//! Statements are prepared once: planning one takes a millisecond, whatever it has to do. What we want of the session is
+//! asked for when the connection is made, never with `SET`, which in a pool would stay behind for the application. A pool
+//! that refuses such wishes is used without them; and there statements have no name and go out as parse, bind and execute
+//! in one write, so PgBouncer may hand each of them to another session.
 
+use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::{StreamExt, pin_mut};
@@ -31,9 +33,12 @@ const CONNECT: Duration = Duration::from_secs(10);
 
 /// What we want of a session. A commit need not wait for the disk: if the server loses it with its power, a claim or a
 /// mark is made again, and at worst an event is published twice, with the same id. The planner must walk the index in
-/// order, whatever it thinks of a table that was empty when it was last looked at.
+/// order, whatever it thinks of a table that was empty when it was last looked at, and not think twice. And a claim that stops in the middle
+/// must not keep the others waiting.
 const WISHES: &str = "-c synchronous_commit=off -c default_transaction_isolation=read\\ committed -c enable_seqscan=off \
-                      -c enable_bitmapscan=off -c jit=off -c max_parallel_workers_per_gather=0";
+                      -c enable_bitmapscan=off -c jit=off -c max_parallel_workers_per_gather=0 \
+                      -c plan_cache_mode=force_generic_plan \
+                      -c idle_in_transaction_session_timeout=10s";
 
 /// Where and how to connect.
 #[derive(Clone)]
@@ -225,7 +230,7 @@ fn refuses_wishes(cause: &tokio_postgres::Error) -> bool {
 pub(super) struct Postgres {
     server: Server,
     table: Table,
-    client: Mutex<Option<Arc<Client>>>,
+    session: Mutex<Option<Arc<Session>>>,
     connecting: tokio::sync::Mutex<()>,
     connections: AtomicU64,
 }
@@ -235,59 +240,98 @@ impl Postgres {
         let inner = Self {
             server,
             table,
-            client: Mutex::default(),
+            session: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             connections: AtomicU64::new(0),
         };
         Arc::new(Handle(Arc::new(inner)))
     }
 
-    fn connected(&self) -> Option<Arc<Client>> {
-        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.as_ref().filter(|client| !client.is_closed()).cloned()
+    fn connected(&self) -> Option<Arc<Session>> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        session.as_ref().filter(|session| !session.client.is_closed()).cloned()
     }
 
-    async fn client(&self) -> Result<Arc<Client>> {
-        if let Some(client) = self.connected() {
-            return Ok(client);
+    async fn session(&self) -> Result<Arc<Session>> {
+        if let Some(session) = self.connected() {
+            return Ok(session);
         }
         let _one = self.connecting.lock().await;
-        if let Some(client) = self.connected() {
-            return Ok(client);
+        if let Some(session) = self.connected() {
+            return Ok(session);
         }
         // The whole of it: a server that accepts and then says nothing is as good as none.
         let connected = tokio::time::timeout(CONNECT, self.server.connect()).await;
         let name = self.server.name();
         let late = |_| Error::connection_failed(format!("the database {name} did not answer within {CONNECT:?}"));
-        let client = Arc::new(connected.map_err(late)??);
+        let client = connected.map_err(late)??;
+        let prepared = (!self.server.is_pooled()).then(Mutex::default);
+        let session = Arc::new(Session { client, prepared, turn: tokio::sync::Mutex::default() });
         self.connections.fetch_add(1, Ordering::Relaxed);
-        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client.clone());
-        Ok(client)
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        Ok(session)
     }
 
-    fn forget(&self, lost: &Arc<Client>) {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        if client.as_ref().is_some_and(|client| Arc::ptr_eq(client, lost)) {
-            *client = None;
+    fn forget(&self, lost: &Arc<Session>) {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if session.as_ref().is_some_and(|session| Arc::ptr_eq(session, lost)) {
+            *session = None;
         }
     }
 
     async fn run(&self, statement: Statement) -> Result<Answer> {
-        let client = self.client().await?;
-        match tokio::time::timeout(PATIENCE, send(&client, &statement)).await {
+        self.in_session(async |session| {
+            let turn = session.turn.lock().await;
+            let prepared = session.prepare(&statement).await?;
+            sent(session.send(&statement, prepared), turn).await
+        })
+        .await
+    }
+
+    async fn run_both(&self, first: Statement, second: Statement) -> Result<[Answer; 2]> {
+        self.in_session(async |session| {
+            let turn = session.turn.lock().await;
+            let prepared = (session.prepare(&first).await?, session.prepare(&second).await?);
+            // Polled in this order, so they are sent in this order, before the first answer.
+            let both = async {
+                tokio::join!(
+                    biased;
+                    session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED"),
+                    session.send(&first, prepared.0),
+                    session.send(&second, prepared.1),
+                    session.client.batch_execute("COMMIT"),
+                )
+            };
+            let (begun, first, second, ended) = sent(both, turn).await;
+            begun?;
+            let answers = [first?, second?];
+            ended?;
+            Ok(answers)
+        })
+        .await
+    }
+
+    async fn in_session<T>(&self, work: impl AsyncFnOnce(&Session) -> Result<T, tokio_postgres::Error>) -> Result<T> {
+        let session = self.session().await?;
+        match tokio::time::timeout(PATIENCE, work(&session)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(cause)) => {
-                // A pool may move us to a server that is going down, and say so without ending our connection.
-                // One that is read-only may not be the primary any more, and ours was meant for that.
-                let other =
-                    |code: &SqlState| code.code().starts_with("57P") || *code == SqlState::READ_ONLY_SQL_TRANSACTION;
-                if cause.is_closed() || cause.code().is_some_and(other) {
-                    self.forget(&client);
+                let code = cause.code().map_or("", SqlState::code);
+                // A pool that took our wishes may still hand us to a session that knows nothing of what we prepared.
+                if UNPREPARED.contains(&code) {
+                    self.server.pooled.store(true, Ordering::Relaxed);
+                }
+                if cause.is_closed()
+                    || code.starts_with("57P")
+                    || UNPREPARED.contains(&code)
+                    || ELSEWHERE.contains(&code)
+                {
+                    self.forget(&session);
                 }
                 Err(self.server.explain(cause, Some(&self.table)))
             }
             Err(_) => {
-                self.forget(&client);
+                self.forget(&session);
                 let name = self.server.name();
                 Err(Error::connection_failed(format!("the database {name} did not answer within {PATIENCE:?}")))
             }
@@ -295,21 +339,72 @@ impl Postgres {
     }
 }
 
-async fn send(client: &Client, statement: &Statement) -> Result<Answer, tokio_postgres::Error> {
-    let params = statement.params.iter().map(|param| -> (&(dyn ToSql + Sync), Type) {
+/// A prepared statement that is not there, or already is.
+const UNPREPARED: [&str; 2] = ["26000", "42P05"];
+/// What a new connection may mend. A pool may move us to a server that is going down (57P…), and say so without ending our
+/// connection; one that is read-only (25006) may not be the primary any more, and ours was meant for that; a plan may not
+/// fit the table any more (0A000).
+const ELSEWHERE: [&str; 2] = ["25006", "0A000"];
+
+/// A connection.
+struct Session {
+    client: Client,
+    /// What was prepared on it, by its text. `None`: it may be another session for each statement.
+    prepared: Option<Mutex<HashMap<String, tokio_postgres::Statement>>>,
+    /// While a statement is prepared, those that were given later wait.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// Begins `work`, which sends what it has to send, ends the `turn`, and waits for the answer.
+async fn sent<T>(work: impl Future<Output = T>, turn: tokio::sync::MutexGuard<'_, ()>) -> T {
+    pin_mut!(work);
+    let begun = futures_util::poll!(&mut work);
+    drop(turn);
+    match begun {
+        Poll::Ready(answer) => answer,
+        Poll::Pending => work.await,
+    }
+}
+
+impl Session {
+    async fn prepare(&self, statement: &Statement) -> Result<Option<tokio_postgres::Statement>, tokio_postgres::Error> {
+        let Some(known) = &self.prepared else { return Ok(None) };
+        let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(prepared) = known().get(&statement.sql) {
+            return Ok(Some(prepared.clone()));
+        }
+        let types: Vec<_> = typed(statement).map(|(_, of)| of).collect();
+        let prepared = self.client.prepare_typed(&statement.sql, &types).await?;
+        known().insert(statement.sql.clone(), prepared.clone());
+        Ok(Some(prepared))
+    }
+
+    async fn send(
+        &self,
+        statement: &Statement,
+        prepared: Option<tokio_postgres::Statement>,
+    ) -> Result<Answer, tokio_postgres::Error> {
+        let stream = match prepared {
+            Some(prepared) => self.client.query_raw(&prepared, typed(statement).map(|(value, _)| value)).await?,
+            None => self.client.query_typed_raw(&statement.sql, typed(statement)).await?,
+        };
+        pin_mut!(stream);
+        let mut rows = Vec::new();
+        while let Some(row) = stream.next().await {
+            rows.push(cells(&row?)?);
+        }
+        Ok(Answer { affected: stream.rows_affected().unwrap_or(0), rows })
+    }
+}
+
+fn typed(statement: &Statement) -> impl ExactSizeIterator<Item = (&(dyn ToSql + Sync), Type)> {
+    statement.params.iter().map(|param| -> (&(dyn ToSql + Sync), Type) {
         match param {
             Param::Null => (&None::<&str>, Type::TEXT),
             Param::Integer(number) => (number, Type::INT8),
             Param::Text(text) => (text, Type::TEXT),
         }
-    });
-    let stream = client.query_typed_raw(&statement.sql, params).await?;
-    pin_mut!(stream);
-    let mut rows = Vec::new();
-    while let Some(row) = stream.next().await {
-        rows.push(cells(&row?)?);
-    }
-    Ok(Answer { affected: stream.rows_affected().unwrap_or(0), rows })
+    })
 }
 
 fn cells(row: &Row) -> Result<Vec<Param>, tokio_postgres::Error> {
@@ -329,6 +424,11 @@ impl Executor for Handle {
     fn run(&self, statement: Statement) -> Task<Result<Answer>> {
         let connection = self.0.clone();
         Box::pin(async move { connection.run(statement).await })
+    }
+
+    fn run_both(&self, first: Statement, second: Statement) -> Option<Task<Result<[Answer; 2]>>> {
+        let connection = self.0.clone();
+        Some(Box::pin(async move { connection.run_both(first, second).await }))
     }
 
     fn dialect(&self) -> Dialect {

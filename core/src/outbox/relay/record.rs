@@ -5,14 +5,18 @@
 //! as its `event_id`, and as its `event` which rows and which keys it holds. The rows themselves stay `pending` until they
 //! are marked. Why: docs/decisions/0024.
 //!
-//! 1. [`Writer::record`] picks rows as [`super::sql`] says, without what other claims hold, and inserts the record. An
-//!    advisory lock, held for this statement only, lets one relay at a time do so; who comes second gets nothing. So the
-//!    numbers of claims are in the order of their commits.
-//! 2. [`Writer::held`] reads the rows, with a younger snapshot, because that of 1 may be older than the lock. Of rows
-//!    that two claims hold, those belong to the claim with the lower number, which the other is certain to see. A row
-//!    that was finished, failed or locked by somebody meanwhile is not ready, and holds back what follows of its key.
+//! 1. *Pick* rows as [`super::sql`] says, without what other claims hold, and insert the record. An advisory lock lets one
+//!    relay at a time do so; who comes second gets nothing. So the numbers of claims are in the order of their commits.
+//! 2. *Read* the rows. Those that were finished, failed or locked by somebody meanwhile are not ready, and hold back what
+//!    follows of their key.
 //! 3. [`Writer::end`] removes the record and marks its rows in one statement: no record, no mark. A record whose lease is
 //!    over is removed by the next claim of whoever, and that fences its owner.
+//!
+//! A statement's snapshot may be older than the lock that it takes. So what takes the lock, [`Writer::turn`], and what
+//! does 1 and 2, [`Writer::claim_in_turn`], are two statements of one transaction, which are sent together. An executor
+//! that knows only statements has [`Writer::record`] for 1, whose picks may be held by others, and [`Writer::held`] for 2,
+//! with a younger snapshot: of rows that two claims hold, those belong to the claim with the lower number, which the other
+//! is certain to see.
 //!
 //! Removed records stay in their index as long as old snapshots do, so claims look for them no further back than the oldest
 //! that was alive (`oldest`): an older one cannot appear any more.
@@ -28,45 +32,77 @@ pub(super) const TYPE: &str = "polybus.claim.";
 const LOCK: i64 = 0x706f_6c79;
 
 impl Writer {
-    /// Claims up to `batch` rows, of the records from `oldest` on. One row: whether it was our turn; rows in the window,
-    /// rows that were picked and how deep the last of them stands; and how many rows came back from claims that are made
-    /// by row.
+    /// Whether it is our turn to claim, and how many rows came back from claims that are made by row; one row. Also removes
+    /// records whose lease is over. `oldest`: no living record has a lower number.
+    pub fn turn(&self, oldest: i64) -> Statement {
+        let mut sql = self.sql();
+        self.with_turn(&mut sql, oldest);
+        sql.push(" SELECT CASE WHEN ok THEN CAST(1 AS BIGINT) ELSE 0 END, (SELECT count(*) FROM back) FROM turn");
+        sql.finish()
+    }
+
+    /// Claims rows after [`Writer::turn`] in the same transaction. Each as [`Writer::held`] has it and two NULL, in any order;
+    /// and one row with numbers of what it saw: rows in the window, of these picked, NULL, NULL, how deep the last of them
+    /// stands, and the lowest number of a living record.
+    pub fn claim_in_turn(&self, wanted: Wanted<'_>, oldest: i64) -> Statement {
+        let mut sql = self.sql();
+        sql.push("WITH turn AS MATERIALIZED (SELECT current_setting('polybus.turn', true) = 'true' AS ok)");
+        self.with_pick(&mut sql, wanted, oldest, ", attempts, event, xmax <> CAST('0' AS xid) AS touched");
+        self.with_locked(&mut sql, "pick");
+        sql.push(" SELECT seq, CAST(attempts AS BIGINT), partition_key, CASE WHEN NOT touched OR seq IN (SELECT seq FROM locked) THEN event END, CAST(NULL AS BIGINT), CAST(NULL AS BIGINT) FROM pick");
+        sql.push(" UNION ALL SELECT rows, (SELECT count(*) FROM pick), NULL, NULL, depth, (SELECT coalesce(min(seq), (SELECT seq FROM made)) FROM live) FROM seen");
+        sql.finish()
+    }
+
+    /// Picks rows and records them, in one statement. One row: as [`Writer::turn`]; rows in the window, of these picked, and
+    /// how deep the last of them stands.
     pub fn record(&self, wanted: Wanted<'_>, oldest: i64) -> Statement {
         let mut sql = self.sql();
-        let table = self.table();
-        sql.push("WITH free AS MATERIALIZED (SELECT pg_try_advisory_xact_lock(CAST(")
+        self.with_turn(&mut sql, oldest);
+        self.with_pick(&mut sql, wanted, oldest, "");
+        sql.push(" SELECT CASE WHEN ok THEN CAST(1 AS BIGINT) ELSE 0 END, (SELECT count(*) FROM back), rows, (SELECT count(*) FROM pick), depth FROM turn, seen");
+        sql.finish()
+    }
+
+    /// Takes the turn until the transaction ends, and clears away claims whose lease is over.
+    fn with_turn(&self, sql: &mut Sql, oldest: i64) {
+        sql.push("WITH turn AS MATERIALIZED (SELECT set_config('polybus.turn', CAST(pg_try_advisory_xact_lock(CAST(")
             .bind(LOCK << 32)
             .push(" AS BIGINT) + CAST(CAST(CAST(CAST(")
             .bind(self.table())
-            .push(" AS TEXT) AS regclass) AS oid) AS BIGINT)) AS ok)");
-        let claims = |sql: &mut Sql, kind: &str| {
-            sql.push(" WHERE status = 'claimed' AND type ").push(kind).push(" '").push(TYPE).push("' AND seq >= ");
-            sql.bind(oldest).push(" AND (SELECT ok FROM free) AND lease_until ");
-        };
-        sql.push(", gone AS (DELETE FROM ").push(&table);
-        claims(&mut sql, "=");
-        sql.push("<= now() RETURNING seq)");
+            .push(" AS TEXT) AS regclass) AS oid) AS BIGINT)) AS TEXT), true) = 'true' AS ok)");
+        sql.push(", gone AS (DELETE FROM ").push(&self.table());
+        claims(sql, "=", oldest).push("<= now() RETURNING seq)");
         // As wire.md has it, and a relay of another make does it.
-        sql.push(", back AS (UPDATE ")
-            .push(&table)
-            .push(" SET status = 'pending', lease_token = NULL, lease_until = NULL");
-        claims(&mut sql, "<>");
-        sql.push("<= now() RETURNING seq)");
+        sql.push(", back AS (UPDATE ").push(&self.table());
+        sql.push(" SET status = 'pending', lease_token = NULL, lease_until = NULL");
+        claims(sql, "<>", oldest).push("<= now() RETURNING seq)");
+    }
+
+    /// Picks rows, with more columns if there are any, and inserts the record.
+    fn with_pick(&self, sql: &mut Sql, wanted: Wanted<'_>, oldest: i64, columns: &str) {
+        let table = self.table();
         sql.push(", live AS MATERIALIZED (SELECT seq, CAST(event AS jsonb) AS holds FROM ").push(&table);
-        claims(&mut sql, "=");
+        claims(sql, "=", oldest);
         sql.push("> now()), taken AS MATERIALIZED (SELECT CAST(r AS BIGINT) AS seq FROM live, LATERAL jsonb_array_elements_text(holds -> 'rows') AS r)");
-        sql.push(", win AS MATERIALIZED (SELECT seq, partition_key, visible_at <= now() AS due FROM ").push(&table);
-        sql.push(" WHERE status = 'pending' AND seq >= ").bind(wanted.floor);
-        sql.push(" AND seq NOT IN (SELECT seq FROM taken) AND (SELECT ok FROM free) ORDER BY seq LIMIT ")
+        sql.push(", win AS MATERIALIZED (SELECT seq, partition_key, visible_at <= now() AS due").push(columns);
+        sql.push(" FROM ").push(&table).push(" WHERE status = 'pending' AND seq >= ").bind(wanted.floor);
+        sql.push(" AND seq NOT IN (SELECT seq FROM taken) AND (SELECT ok FROM turn) ORDER BY seq LIMIT ")
             .bind(wanted.window);
         sql.push("), held AS (SELECT partition_key, min(seq) AS first FROM (SELECT partition_key, seq FROM win WHERE NOT due AND partition_key IS NOT NULL UNION ALL SELECT k, CAST(-1 AS BIGINT) FROM live, LATERAL jsonb_array_elements_text(holds -> 'keys') AS k) h GROUP BY partition_key)");
-        sql.push(", pick AS MATERIALIZED (SELECT w.seq AS seq, w.partition_key AS partition_key FROM win w LEFT JOIN held h ON h.partition_key = w.partition_key WHERE w.due AND (h.first IS NULL OR w.seq < h.first) ORDER BY w.seq LIMIT ");
+        sql.push(", pick AS MATERIALIZED (SELECT w.* FROM win w LEFT JOIN held h ON h.partition_key = w.partition_key WHERE w.due AND (h.first IS NULL OR w.seq < h.first) ORDER BY w.seq LIMIT ");
         sql.bind(wanted.batch).push(")");
         sql.push(", made AS (INSERT INTO ").push(&table).push(" (event_id, type, event, status, lease_until) SELECT ");
         sql.bind(wanted.token).push(", '").push(TYPE).push("', CAST(json_build_object('rows', json_agg(seq ORDER BY seq), 'keys', coalesce(json_agg(DISTINCT partition_key) FILTER (WHERE partition_key IS NOT NULL), CAST('[]' AS json))) AS TEXT), 'claimed', ");
-        sql.now_plus(wanted.lease_ms).push(" FROM pick HAVING count(*) > 0)");
-        sql.push(" SELECT (SELECT CAST(CASE WHEN ok THEN 1 ELSE 0 END AS BIGINT) FROM free), (SELECT count(*) FROM win), (SELECT count(*) FROM pick), (SELECT count(*) FROM win WHERE seq <= (SELECT max(seq) FROM pick)), (SELECT count(*) FROM back)");
-        sql.finish()
+        sql.now_plus(wanted.lease_ms).push(" FROM pick HAVING count(*) > 0 RETURNING seq)");
+        sql.push(", seen AS (SELECT count(*) AS rows, count(*) FILTER (WHERE seq <= (SELECT max(seq) FROM pick)) AS depth FROM win)");
+    }
+
+    /// `locked`: those of `rows` that somebody has locked, or had, and that are free. Only these are worth the price of trying.
+    fn with_locked(&self, sql: &mut Sql, rows: &str) {
+        sql.push(", locked AS MATERIALIZED (SELECT seq FROM ").push(&self.table());
+        sql.push(" WHERE seq = ANY(ARRAY(SELECT seq FROM ").push(rows);
+        sql.push(" WHERE touched)) AND status = 'pending' FOR UPDATE SKIP LOCKED)");
     }
 
     /// The rows of a record: `seq, attempts, partition_key, event`, in order; without the event if it is not ready. And in
@@ -83,12 +119,10 @@ impl Writer {
         sql.push(
             ", lanes AS MATERIALIZED (SELECT k FROM prior, LATERAL jsonb_array_elements_text(holds -> 'keys') AS k)",
         );
-        // A row that somebody has locked, or had: only these are worth the price of trying.
         sql.push(", rows AS MATERIALIZED (SELECT seq, attempts, partition_key, event, status = 'pending' AND visible_at <= now() AS due, xmax <> CAST('0' AS xid) AS touched FROM ").push(&table);
         sql.push(" WHERE seq = ANY(ARRAY(SELECT CAST(r AS BIGINT) FROM own, LATERAL jsonb_array_elements_text(holds -> 'rows') AS r)))");
-        sql.push(", free AS MATERIALIZED (SELECT seq FROM ").push(&table);
-        sql.push(" WHERE seq = ANY(ARRAY(SELECT seq FROM rows WHERE touched)) AND status = 'pending' FOR UPDATE SKIP LOCKED)");
-        sql.push(" SELECT seq, CAST(attempts AS BIGINT), partition_key, CASE WHEN due AND seq NOT IN (SELECT seq FROM taken) AND (partition_key IS NULL OR partition_key NOT IN (SELECT k FROM lanes)) AND (NOT touched OR seq IN (SELECT seq FROM free)) THEN event END, (SELECT coalesce(min(seq), (SELECT seq FROM own)) FROM prior) FROM rows ORDER BY seq");
+        self.with_locked(&mut sql, "rows");
+        sql.push(" SELECT seq, CAST(attempts AS BIGINT), partition_key, CASE WHEN due AND seq NOT IN (SELECT seq FROM taken) AND (partition_key IS NULL OR partition_key NOT IN (SELECT k FROM lanes)) AND (NOT touched OR seq IN (SELECT seq FROM locked)) THEN event END, (SELECT coalesce(min(seq), (SELECT seq FROM own)) FROM prior) FROM rows ORDER BY seq");
         sql.finish()
     }
 
@@ -135,6 +169,12 @@ impl Writer {
         sql.push(" WHERE event_id = ").bind(token).push(" AND status = 'claimed'");
         sql.finish()
     }
+}
+
+/// Of claims in our turn, records (`=`) or rows (`<>`), up to the comparison of their lease.
+fn claims<'a>(sql: &'a mut Sql, kind: &str, oldest: i64) -> &'a mut Sql {
+    sql.push(" WHERE status = 'claimed' AND type ").push(kind).push(" '").push(TYPE).push("' AND seq >= ");
+    sql.bind(oldest).push(" AND (SELECT ok FROM turn) AND lease_until ")
 }
 
 fn verdicts(failed: &[Verdict]) -> String {

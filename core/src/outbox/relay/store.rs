@@ -24,6 +24,12 @@ pub trait Executor: Send + Sync + 'static {
     /// connection: the next call tries to connect again.
     fn run(&self, statement: Statement) -> Task<Result<Answer>>;
 
+    /// Runs two statements in one transaction, the second with a snapshot younger than the first. They reach the database
+    /// together: it never waits for us between them. `None`: it can run only one at a time.
+    fn run_both(&self, _: Statement, _: Statement) -> Option<Task<Result<[Answer; 2]>>> {
+        None
+    }
+
     /// Which database it is.
     fn dialect(&self) -> Dialect;
 
@@ -112,6 +118,14 @@ pub struct DeadRow {
     pub dead_at_ms: i64,
 }
 
+/// A window of more than so many batches is wide.
+const WIDE: i64 = 4;
+
+/// How many rows a window has more than what was taken of the last one.
+fn slack(batch: i64) -> i64 {
+    (batch / 4).max(64)
+}
+
 /// What a claim saw of its window.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
@@ -176,7 +190,7 @@ impl Store {
     pub async fn claim(&self, batch: usize, lease: Duration) -> Result<Claim> {
         let token = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
         let batch = batch as i64;
-        let window = self.window.load(Ordering::Relaxed).max(batch * 2);
+        let window = self.window.load(Ordering::Relaxed).max(batch + slack(batch));
         let floor = self.floor.value(self.executor.connection());
         let wanted = Wanted { floor, window, batch, lease_ms: millis(lease), token: &token };
         match self.writer.dialect {
@@ -203,31 +217,53 @@ impl Store {
     async fn claim_by_record(&self, wanted: Wanted<'_>) -> Result<Claim> {
         let connection = self.executor.connection();
         let oldest = self.floor.oldest_claim(connection);
-        let answer = self.run(self.writer.record(wanted, oldest)).await?;
-        let column = |column| number(&answer, column);
+        // In a wide window the database should not handle events that it will not pick.
+        let narrow = wanted.window <= wanted.batch.saturating_mul(WIDE);
+        let both = if narrow {
+            self.executor.run_both(self.writer.turn(oldest), self.writer.claim_in_turn(wanted, oldest))
+        } else {
+            None
+        };
+        let (turn, seen, mut rows) = match both {
+            Some(both) => {
+                let [turn, claimed] = both.await?;
+                let (mut seen, mut rows) = (Seen { count: 0, picked: 0, depth: 0 }, Vec::new());
+                for mut row in claimed.rows {
+                    let (lowest, depth) = (row.pop(), row.pop());
+                    let Some(Param::Integer(depth)) = depth else {
+                        rows.push(row);
+                        continue;
+                    };
+                    seen = Seen { count: integer(row.first())?, picked: integer(row.get(1))?, depth };
+                    if let Some(Param::Integer(lowest)) = lowest {
+                        self.floor.claims_from(connection, lowest);
+                    }
+                }
+                (turn, seen, rows)
+            }
+            None => {
+                let turn = self.run(self.writer.record(wanted, oldest)).await?;
+                let column = |column| number(&turn, column);
+                let seen = Seen { count: column(2)?, picked: column(3)?, depth: column(4)? };
+                let mut rows = Vec::new();
+                if seen.picked > 0 {
+                    rows = self.run(self.writer.held(wanted.token, oldest)).await?.rows;
+                }
+                for row in &mut rows {
+                    self.floor.claims_from(connection, integer(row.pop().as_ref())?);
+                }
+                (turn, seen, rows)
+            }
+        };
         let token = wanted.token.to_owned();
-        if column(0)? == 0 {
+        if number(&turn, 0)? == 0 {
             return Ok(Claim { token, again: true, rows: Vec::new() });
         }
-        let seen = Seen { count: column(1)?, picked: column(2)?, depth: column(3)? };
-        let again = self.seen(wanted, seen) || column(4)? > 0;
-        let mut rows = Vec::new();
-        if seen.picked > 0 {
-            let mut missed = HashSet::new();
-            for mut row in self.run(self.writer.held(&token, oldest)).await?.rows {
-                self.floor.claims_from(connection, integer(row.pop().as_ref())?);
-                if let Some(Param::Null) = row.get(3) {
-                    missed.extend(row.swap_remove(2).text());
-                    continue;
-                }
-                let row = claimed(row)?;
-                if row.key.as_ref().is_none_or(|key| !missed.contains(key)) {
-                    rows.push(row);
-                }
-            }
-            if rows.is_empty() {
-                self.run(self.writer.end(&token, &[], &[])).await?;
-            }
+        let again = self.seen(wanted, seen) || number(&turn, 1)? > 0;
+        rows.sort_unstable_by_key(|row| integer(row.first()).unwrap_or(i64::MAX));
+        let rows = ready(rows)?;
+        if rows.is_empty() && seen.picked > 0 {
+            self.run(self.writer.end(&token, &[], &[])).await?;
         }
         Ok(Claim { token, again: again && rows.is_empty(), rows })
     }
@@ -236,7 +272,7 @@ impl Store {
     fn seen(&self, wanted: Wanted<'_>, seen: Seen) -> bool {
         // What stands in front and cannot be taken must not hide what can: look further, as far as it takes.
         let hidden = seen.picked < wanted.batch && seen.count >= wanted.window;
-        let next = if hidden { wanted.window.saturating_mul(4) } else { seen.depth + wanted.batch };
+        let next = if hidden { wanted.window.saturating_mul(4) } else { seen.depth + slack(wanted.batch) };
         self.window.store(next, Ordering::Relaxed);
         hidden || seen.picked > 0
     }
@@ -402,6 +438,22 @@ impl Store {
             after = last;
         }
     }
+}
+
+/// Rows that have an event, without those that stand behind one of their key that has none.
+fn ready(rows: Vec<Vec<Param>>) -> Result<Vec<Row>> {
+    let (mut ready, mut missed) = (Vec::with_capacity(rows.len()), HashSet::new());
+    for mut row in rows {
+        if let Some(Param::Null) = row.get(3) {
+            missed.extend(row.swap_remove(2).text());
+            continue;
+        }
+        let row = claimed(row)?;
+        if row.key.as_ref().is_none_or(|key| !missed.contains(key)) {
+            ready.push(row);
+        }
+    }
+    Ok(ready)
 }
 
 fn claimed(mut row: Vec<Param>) -> Result<Row> {

@@ -14,7 +14,7 @@ use super::listen::Listener;
 use super::publish::{Published, publish};
 use super::report::RelayBatch;
 use super::store::{Claim, Store};
-use super::{Live, Relay, Source};
+use super::{Desk, Live, Relay, Source};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The first pause after rows were found, and the one between tries to mark them.
@@ -31,7 +31,7 @@ impl Relay {
     /// like when the claim cannot be made.
     pub async fn relay_batch(&self) -> Result<RelayBatch> {
         let live = self.live();
-        let store = &live.stores[0];
+        let store = &live.store;
         let mut hasty = SHORT;
         let claim = loop {
             let claimed = self.claim(live, store).await;
@@ -76,7 +76,7 @@ impl Relay {
             }
             _ => None,
         };
-        let workers = live.stores.iter().skip(1).map(|store| self.work(live, store, stop.clone()));
+        let workers = live.workers.iter().map(|desk| self.work(live, desk, stop.clone()));
         futures_util::future::join_all(workers).await;
         Ok(())
     }
@@ -90,7 +90,7 @@ impl Relay {
     async fn begin(&self, live: &Live, stop: &watch::Receiver<u64>) -> Result<()> {
         let mut pause = AWAY.0;
         loop {
-            let checked = live.stores[0].rehearse().await;
+            let checked = live.store.rehearse().await;
             let news = live.counters.looked(checked.as_ref().err());
             match checked {
                 Ok(()) => return Ok(()),
@@ -105,16 +105,16 @@ impl Relay {
         }
     }
 
-    async fn work(&self, live: &Live, store: &Store, stop: watch::Receiver<u64>) {
+    async fn work(&self, live: &Live, Desk { store, marks }: &Desk, stop: watch::Receiver<u64>) {
         let _counted = Counted::new(&live.counters.workers);
         let (mut away, mut idle, mut hasty) = (AWAY.0, SHORT, SHORT);
         let mut moved = Instant::now();
-        // What is claimed, and since when; what was published while that was done.
+        // What is claimed, and since when; what was published while that was done, and where its claim is to be ended.
         let (mut next, mut before) = (None::<(Result<Claim>, Instant)>, None);
         loop {
             if stop.has_changed().unwrap_or(true) {
-                if let Some(published) = before {
-                    live.counters.batch(&self.settle(store, published).await);
+                if let Some((published, desk)) = before {
+                    live.counters.batch(&self.settle(desk, published).await);
                 }
                 if let Some((Ok(claim), _)) = next {
                     self.give_back(store, claim).await;
@@ -158,11 +158,14 @@ impl Relay {
             } else {
                 (idle, hasty) = (SHORT, SHORT);
                 let looks_ahead = self.looks_ahead(store, &claim) && moved.elapsed() < ADVANCE;
-                // Polled in this order, so the database sees them in this order; the last takes the thread for a while.
+                // The next claim must see that these keys are free again, so it follows in the same session.
+                let keyed = claim.rows.iter().any(|row| row.key.is_some());
+                let desk = if keyed { store } else { marks };
+                // Polled in this order; the last takes the thread for a while.
                 let ((), ahead, published) = tokio::join!(
                     async {
-                        if let Some(published) = before.take() {
-                            live.counters.batch(&self.settle(store, published).await);
+                        if let Some((published, desk)) = before.take() {
+                            live.counters.batch(&self.settle(desk, published).await);
                         }
                     },
                     async {
@@ -181,7 +184,7 @@ impl Relay {
                     && let Some((Ok(claim), _)) = &ahead
                     && !claim.rows.is_empty()
                 {
-                    (before, next, away) = (Some(published), ahead, AWAY.0);
+                    (before, next, away) = (Some((published, desk)), ahead, AWAY.0);
                     continue;
                 }
                 let settled = self.settle(store, published);
