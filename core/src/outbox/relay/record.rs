@@ -111,7 +111,7 @@ impl Writer {
         let mut sql = self.sql();
         let table = self.table();
         sql.push("WITH own AS MATERIALIZED (SELECT seq, CAST(event AS jsonb) AS holds FROM ").push(&table);
-        sql.push(" WHERE event_id = ").bind(token).push(" AND status = 'claimed')");
+        of(&mut sql, token).push(")");
         sql.push(", prior AS MATERIALIZED (SELECT seq, CAST(event AS jsonb) AS holds FROM ").push(&table);
         sql.push(" WHERE status = 'claimed' AND type = '").push(TYPE).push("' AND seq >= ").bind(oldest);
         sql.push(" AND seq < (SELECT seq FROM own))");
@@ -131,10 +131,9 @@ impl Writer {
     pub fn end(&self, token: &str, delivered: &[i64], failed: &[Verdict]) -> Statement {
         let mut sql = self.sql();
         let table = self.table();
-        sql.push("WITH own AS (DELETE FROM ").push(&table).push(" WHERE event_id = ").bind(token);
-        sql.push(" AND status = 'claimed' RETURNING seq), done AS (UPDATE ").push(&table);
-        // The token is for a second try, which asks what the first did.
-        sql.push(" SET status = 'delivered', delivered_at = now(), lease_token = ").bind(token).push(" WHERE ");
+        sql.push("WITH own AS (DELETE FROM ").push(&table);
+        of(&mut sql, token).push(" RETURNING seq), done AS (UPDATE ").push(&table);
+        sql.push(" SET status = 'delivered', delivered_at = now() WHERE ");
         self.among(&mut sql, delivered);
         sql.push(" AND status = 'pending' AND EXISTS (SELECT 1 FROM own) RETURNING seq), failed AS (UPDATE ")
             .push(&table);
@@ -153,12 +152,12 @@ impl Writer {
         )
     }
 
-    /// How many of these rows were marked as delivered under this claim.
-    pub fn marked(&self, token: &str, delivered: &[i64]) -> Statement {
+    /// How many of these rows are marked as delivered, by whomever.
+    pub fn marked(&self, delivered: &[i64]) -> Statement {
         let mut sql = self.sql();
         sql.push("SELECT count(*) FROM ").push(&self.table()).push(" WHERE ");
         self.among(&mut sql, delivered);
-        sql.push(" AND status = 'delivered' AND lease_token = ").bind(token);
+        sql.push(" AND status = 'delivered'");
         sql.finish()
     }
 
@@ -166,9 +165,14 @@ impl Writer {
     pub fn renew(&self, token: &str, lease_ms: i64) -> Statement {
         let mut sql = self.sql();
         sql.push("UPDATE ").push(&self.table()).push(" SET lease_until = ").now_plus(lease_ms);
-        sql.push(" WHERE event_id = ").bind(token).push(" AND status = 'claimed'");
+        of(&mut sql, token);
         sql.finish()
     }
+}
+
+/// Of one record. Not by its status: the index of claims may be full of those that are gone.
+fn of<'a>(sql: &'a mut Sql, token: &str) -> &'a mut Sql {
+    sql.push(" WHERE event_id = ").bind(token).push(" AND type = '").push(TYPE).push("'")
 }
 
 /// Of claims in our turn, records (`=`) or rows (`<>`), up to the comparison of their lease.

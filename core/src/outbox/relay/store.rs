@@ -379,7 +379,7 @@ impl Store {
         if !again {
             return Ok(None);
         }
-        let marked = number(&self.run(self.writer.marked(token, delivered)).await?, 0)?.unsigned_abs();
+        let marked = number(&self.run(self.writer.marked(delivered)).await?, 0)?.unsigned_abs();
         Ok((marked > 0).then_some(marked))
     }
 
