@@ -215,45 +215,13 @@ impl Store {
 
     /// See [`super::record`].
     async fn claim_by_record(&self, wanted: Wanted<'_>) -> Result<Claim> {
-        let connection = self.executor.connection();
-        let oldest = self.floor.oldest_claim(connection);
+        let oldest = self.floor.oldest_claim(self.executor.connection());
         // In a wide window the database should not handle events that it will not pick.
         let narrow = wanted.window <= wanted.batch.saturating_mul(WIDE);
-        let both = if narrow {
-            self.executor.run_both(self.writer.turn(oldest), self.writer.claim_in_turn(wanted, oldest))
-        } else {
-            None
-        };
-        let (turn, seen, mut rows) = match both {
-            Some(both) => {
-                let [turn, claimed] = both.await?;
-                let (mut seen, mut rows) = (Seen { count: 0, picked: 0, depth: 0 }, Vec::new());
-                for mut row in claimed.rows {
-                    let (lowest, depth) = (row.pop(), row.pop());
-                    let Some(Param::Integer(depth)) = depth else {
-                        rows.push(row);
-                        continue;
-                    };
-                    seen = Seen { count: integer(row.first())?, picked: integer(row.get(1))?, depth };
-                    if let Some(Param::Integer(lowest)) = lowest {
-                        self.floor.claims_from(connection, lowest);
-                    }
-                }
-                (turn, seen, rows)
-            }
-            None => {
-                let turn = self.run(self.writer.record(wanted, oldest)).await?;
-                let column = |column| number(&turn, column);
-                let seen = Seen { count: column(2)?, picked: column(3)?, depth: column(4)? };
-                let mut rows = Vec::new();
-                if seen.picked > 0 {
-                    rows = self.run(self.writer.held(wanted.token, oldest)).await?.rows;
-                }
-                for row in &mut rows {
-                    self.floor.claims_from(connection, integer(row.pop().as_ref())?);
-                }
-                (turn, seen, rows)
-            }
+        let both = || self.executor.run_both(self.writer.turn(oldest), self.writer.claim_in_turn(wanted, oldest));
+        let (turn, seen, mut rows) = match narrow.then(both).flatten() {
+            Some(both) => self.in_turn(both).await?,
+            None => self.recorded(wanted, oldest).await?,
         };
         let token = wanted.token.to_owned();
         if number(&turn, 0)? == 0 {
@@ -266,6 +234,39 @@ impl Store {
             self.run(self.writer.end(&token, &[], &[])).await?;
         }
         Ok(Claim { token, again: again && rows.is_empty(), rows })
+    }
+
+    /// The answers of one transaction: whose turn it was, what was seen, and rows as [`ready`] reads them.
+    async fn in_turn(&self, both: Task<Result<[Answer; 2]>>) -> Result<(Answer, Seen, Vec<Vec<Param>>)> {
+        let [turn, claimed] = both.await?;
+        let (mut seen, mut rows) = (Seen { count: 0, picked: 0, depth: 0 }, Vec::new());
+        for mut row in claimed.rows {
+            let (lowest, depth) = (row.pop(), row.pop());
+            let Some(Param::Integer(depth)) = depth else {
+                rows.push(row);
+                continue;
+            };
+            seen = Seen { count: integer(row.first())?, picked: integer(row.get(1))?, depth };
+            if let Some(Param::Integer(lowest)) = lowest {
+                self.floor.claims_from(self.executor.connection(), lowest);
+            }
+        }
+        Ok((turn, seen, rows))
+    }
+
+    /// The same in two steps, for executors that run one statement at a time.
+    async fn recorded(&self, wanted: Wanted<'_>, oldest: i64) -> Result<(Answer, Seen, Vec<Vec<Param>>)> {
+        let turn = self.run(self.writer.record(wanted, oldest)).await?;
+        let column = |column| number(&turn, column);
+        let seen = Seen { count: column(2)?, picked: column(3)?, depth: column(4)? };
+        let mut rows = Vec::new();
+        if seen.picked > 0 {
+            rows = self.run(self.writer.held(wanted.token, oldest)).await?.rows;
+        }
+        for row in &mut rows {
+            self.floor.claims_from(self.executor.connection(), integer(row.pop().as_ref())?);
+        }
+        Ok((turn, seen, rows))
     }
 
     /// Adapts the window to what was seen in it. Whether an empty claim is no reason to wait.
