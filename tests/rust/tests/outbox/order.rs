@@ -196,3 +196,17 @@ async fn the_next_rows_are_claimed_during_a_publish_except_of_its_keys_and_go_ba
     .await;
     assert_eq!(gate.memo.numbers(), [0, 1, 2, 3, 4, 5]);
 }
+
+#[tokio::test]
+async fn one_relay_at_a_time_claims() {
+    let (ground, bus) = (Ground::new(), Memo::new());
+    let client = ground.server.connect().await;
+    insert(&client, &event(0, None)).await;
+    let other = ground.server.connect().await;
+    let lock = "SELECT pg_advisory_xact_lock((CAST(1886350457 AS BIGINT) << 32) + CAST(CAST('polybus_outbox' AS regclass) AS oid)::bigint)";
+    other.batch_execute(&format!("BEGIN; {lock}")).await.unwrap();
+    let relay = ground.relay(&bus);
+    assert_eq!(relay.relay_batch().await.unwrap(), RelayBatch::default());
+    other.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(relay.relay_batch().await.unwrap().relayed, 1);
+}
